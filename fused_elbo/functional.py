@@ -1,0 +1,302 @@
+"""The public functions: arguments, checks and defaults over ``autograd``.
+
+Shapes: N samples, any number of trailing dimensions; every sum runs over all of them, and only the batch is averaged.
+Tensors are float64, float32, bfloat16 or float16, with any strides, on one device; they are read in place. Terms and losses
+are float32 (float64 for float64 inputs) and in nats; gradients have the dtype and layout of their tensor. Everything stays on
+the device: nothing waits for it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import arguments, ops
+from .autograd import ELBO, RsampleKL, halves
+from .spec import Gaussian, Noise
+
+NO_START = Noise()
+
+
+class LatentSample(NamedTuple):
+    """``z`` like mu, and ``kl`` (N,), the KL divergence from the prior per sample, in nats."""
+
+    z: Tensor
+    kl: Tensor
+
+
+class ELBOTerms(NamedTuple):
+    """``loss`` (a scalar, or (N,) for reduction "none") and its terms per sample, ``nll`` (N,) and ``kl`` (N,), in nats."""
+
+    loss: Tensor
+    nll: Tensor
+    kl: Tensor
+
+
+def rsample_kl(
+    mu: Tensor,
+    logvar: Tensor | None = None,
+    *,
+    chunk_dim: int | None = None,
+    sample: bool = True,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    eps: Tensor | None = None,
+    first_index: int = 0,
+    offset: int = 0,
+) -> LatentSample:
+    """Sample the posterior N(mu, exp(logvar)) and measure its KL from N(0, I), in one pass over memory.
+
+    ``z = mu + eps exp(logvar / 2)`` (Kingma and Welling 2014, arXiv:1312.6114, section 2.4) and, per sample,
+    ``kl = sum_j 1/2 (mu_j^2 + exp(logvar_j) - logvar_j - 1)`` (ibid., appendix B). The noise is made in the pass and made
+    again by the backward: it is never stored.
+
+    Args:
+        mu: (N, ...) posterior mean; or packed moments, mean and log-variance side by side, with ``chunk_dim``.
+        logvar: like ``mu``, the log-variance. None with ``chunk_dim``.
+        chunk_dim: dimension of packed moments, as for ``torch.chunk(moments, 2, chunk_dim)``. Their gradient is packed too.
+        sample: False gives z = mu (evaluation) and the same KL.
+        seed: key of the noise: an int (64 bits), an int64 tensor of shape (), or of shape (N,): one per sample, whose noise
+            then does not depend on its batch. None draws one from ``generator``.
+        generator: of ``mu``'s device; default torch's own, as for ``torch.randn``.
+        eps: like ``mu``, explicit noise in place of the stream.
+        first_index: number of ``mu``'s first element in the stream, for a shard of a larger batch. Default 0.
+        offset: 64-bit counter that separates several samples under one seed. Default 0.
+
+    Returns:
+        ``z`` with ``mu``'s shape, dtype and layout, and ``kl`` (N,) in nats.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
+    """
+    mu, logvar, chunk_dim = arguments.latent(mu, logvar, chunk_dim)
+    if not sample:
+        mean, _ = halves(mu, logvar, chunk_dim)
+        return LatentSample(mean, _latent(mu, logvar, chunk_dim, want_kl=True)[1])
+    source = _noise(halves(mu, logvar, chunk_dim)[0], seed, generator, eps, first_index, offset)
+    return LatentSample(*_latent(mu, logvar, chunk_dim, *source, want_kl=True))
+
+
+def reparameterize(
+    mu: Tensor,
+    logvar: Tensor | None = None,
+    *,
+    chunk_dim: int | None = None,
+    sample: bool = True,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    eps: Tensor | None = None,
+    first_index: int = 0,
+    offset: int = 0,
+) -> Tensor:
+    """The sample ``z`` of ``rsample_kl`` without the KL; arguments and errors are the same."""
+    mu, logvar, chunk_dim = arguments.latent(mu, logvar, chunk_dim)
+    mean, _ = halves(mu, logvar, chunk_dim)
+    if not sample:
+        return mean
+    return _latent(mu, logvar, chunk_dim, *_noise(mean, seed, generator, eps, first_index, offset), want_kl=False)[0]
+
+
+def kl_divergence(mu: Tensor, logvar: Tensor | None = None, *, chunk_dim: int | None = None, reduction: str = "mean") -> Tensor:
+    """``KL(N(mu, exp(logvar)) || N(0, I))`` in nats, summed over all dimensions but the batch's.
+
+    Kingma and Welling 2014 (arXiv:1312.6114), appendix B. Evaluated as ``1/2 (mu^2 + expm1(logvar) - logvar)`` with a series near
+    0: relative error under 1e-6 in float32, never negative.
+
+    Args:
+        mu, logvar, chunk_dim: as for ``rsample_kl``.
+        reduction: "mean" over the batch (default), "sum", or "none" for (N,).
+
+    Returns:
+        A scalar, or (N,) for "none"; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
+    """
+    mu, logvar, chunk_dim = arguments.latent(mu, logvar, chunk_dim)
+    arguments.choice("reduction", reduction, arguments.REDUCTIONS)
+    kl = _latent(mu, logvar, chunk_dim, want_kl=True)[1]
+    return kl if reduction == "none" else getattr(kl, reduction)()
+
+
+def gaussian_nll(
+    x_hat: Tensor,
+    x: Tensor,
+    *,
+    sigma: float = 1.0,
+    full: bool = False,
+    reduction: str = "mean",
+    grad_scale: float | Tensor = 1.0,
+    inplace: bool = False,
+) -> Tensor:
+    """``-ln N(x; x_hat, sigma^2 I)``, with its gradient in the same pass over memory.
+
+    Per sample ``sum_i (x_i - x_hat_i)^2 / (2 sigma^2) + D ln sigma``, D the number of elements of a sample; Kingma and Welling
+    2014 (arXiv:1312.6114), appendix C.2, with a fixed variance.
+
+    Args:
+        x_hat: (N, ...) the decoder's mean.
+        x: like ``x_hat``, the data; its dtype may differ.
+        sigma: standard deviation of the decoder, positive. ``C sum (x - x_hat)^2`` is ``sigma = sqrt(1 / (2 C))``. Default 1.
+        full: keep the constant ``D/2 ln 2 pi``. Default False.
+        reduction: "mean" over the batch (default), "sum", or "none" for (N,). With "none" the gradient is computed in the
+            backward, from the upstream gradient of every sample.
+        grad_scale: the upstream gradient to expect (1 / accumulation steps, a GradScaler's scale), a float or one element on the
+            device. The gradient is computed for it at once; another upstream gradient is right too, only slower. Default 1.
+        inplace: write the gradient over ``x_hat``, which must not be used again. Default False.
+
+    Returns:
+        A scalar, or (N,) for "none"; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
+    """
+    return _elbo(x_hat, x, None, None, None, None, 1.0, sigma, full, reduction, grad_scale, inplace)[0]
+
+
+def elbo_loss(
+    x_hat: Tensor,
+    x: Tensor,
+    mu: Tensor | None = None,
+    logvar: Tensor | None = None,
+    *,
+    kl: Tensor | None = None,
+    chunk_dim: int | None = None,
+    beta: float | Tensor = 1.0,
+    sigma: float = 1.0,
+    full: bool = False,
+    reduction: str = "mean",
+    grad_scale: float | Tensor = 1.0,
+    inplace: bool = False,
+) -> ELBOTerms:
+    """The negative ELBO, ``mean_n (nll_n + beta kl_n)``, and all its gradients in one pass over memory.
+
+    Kingma and Welling 2014 (arXiv:1312.6114), eq. 10; ``beta`` as in Higgins et al. 2017 (beta-VAE), eq. 4. Either pass the
+    posterior, ``elbo_loss(x_hat, x, mu, logvar)``, or the KL that ``rsample_kl`` returned, ``elbo_loss(x_hat, x, kl=kl)``.
+
+    Args:
+        x_hat, x, sigma, full, reduction, grad_scale, inplace: as for ``gaussian_nll``.
+        mu, logvar, chunk_dim: as for ``rsample_kl``.
+        kl: (N,) the KL per sample, in place of ``mu`` and ``logvar``.
+        beta: weight of the KL, a float or one element on the device (annealing it neither recompiles nor waits). Default 1.
+
+    Returns:
+        ``loss``, ``nll`` (N,) and ``kl`` (N,); the terms may be differentiated as well.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
+    """
+    if (mu is None) == (kl is None):
+        got = "neither" if mu is None else "both"
+        raise ValueError(f"kl: got {got} of mu and kl, takes the posterior (mu, logvar) or kl=, the KL per sample")
+    if mu is None and (logvar is not None or chunk_dim is not None):
+        raise ValueError("mu: got None with logvar or chunk_dim, takes the posterior's mean or packed moments")
+    loss, nll, kl_out = _elbo(x_hat, x, mu, logvar, kl, chunk_dim, beta, sigma, full, reduction, grad_scale, inplace)
+    return ELBOTerms(loss, nll, kl if mu is None else kl_out)
+
+
+def _elbo(
+    x_hat: Tensor,
+    x: Tensor,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    kl: Tensor | None,
+    chunk_dim: int | None,
+    beta: float | Tensor,
+    sigma: float,
+    full: bool,
+    reduction: str,
+    grad_scale: float | Tensor,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    x_hat = arguments.batched("x_hat", x_hat)
+    x = arguments.like("x", x, "x_hat", x_hat)
+    if mu is not None:
+        mu, logvar, chunk_dim = arguments.latent(mu, logvar, chunk_dim)
+        if mu.shape[0] != x_hat.shape[0]:
+            raise ValueError(f"mu: got a batch of {mu.shape[0]}, takes that of x_hat, {x_hat.shape[0]}")
+        arguments.on_device("mu", mu, "x_hat", x_hat)
+    if kl is not None:
+        kl = arguments.per_sample("kl", kl, "x_hat", x_hat)
+    beta = arguments.scalar("beta", beta, "x_hat", x_hat)
+    grad_scale = arguments.scalar("grad_scale", grad_scale, "x_hat", x_hat)
+    likelihood = Gaussian(arguments.positive("sigma", sigma), bool(full))
+    arguments.choice("reduction", reduction, arguments.REDUCTIONS)
+    if inplace:
+        if reduction == "none":
+            raise ValueError('inplace: got True with reduction "none", takes False there: its gradient comes in the backward')
+        arguments.overwritable("x_hat", x_hat)
+    count = x_hat.shape[0]
+    weight = {"mean": 1.0 / count if count else math.nan, "sum": 1.0, "none": None}[reduction]
+    grad = torch.is_grad_enabled()
+    needs = tuple(grad and t is not None and t.requires_grad for t in (x_hat, x, mu, logvar, kl))
+    return ELBO.apply(
+        x_hat,
+        x,
+        mu,
+        logvar,
+        kl,
+        beta,
+        grad_scale,
+        chunk_dim,
+        likelihood,
+        weight,
+        needs,
+        inplace,
+        ops.select(x_hat.device),
+    )[:3]
+
+
+def _latent(
+    mu: Tensor,
+    logvar: Tensor | None,
+    chunk_dim: int,
+    start: Noise = NO_START,
+    seed: Tensor | None = None,
+    eps: Tensor | None = None,
+    *,
+    want_kl: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    return RsampleKL.apply(mu, logvar, chunk_dim, start, seed, eps, want_kl, ops.select(mu.device))
+
+
+def _noise(
+    mean: Tensor,
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    eps: Tensor | None,
+    first_index: int,
+    offset: int,
+) -> tuple[Noise, Tensor | None, Tensor | None]:
+    given = [name for name, v in (("seed", seed), ("generator", generator), ("eps", eps)) if v is not None]
+    if len(given) > 1:
+        raise ValueError(f"{given[1]}: got it together with {given[0]}, takes at most one of seed, generator and eps")
+    start = Noise(
+        first_index=arguments.index("first_index", first_index, 2**62), offset=arguments.index("offset", offset, 2**64)
+    )
+    if eps is not None:
+        return start, None, arguments.like("eps", eps, "mu", mean)
+    return start, _seed(mean, seed, generator), None
+
+
+def _seed(mean: Tensor, seed: int | Tensor | None, generator: torch.Generator | None) -> Tensor:
+    if seed is None:
+        if generator is not None and generator.device.type != mean.device.type:
+            raise ValueError(f"generator: got one of device {generator.device}, takes one of {mean.device}")
+        return torch.randint(-(2**63), 2**63 - 1, (), device=mean.device, generator=generator)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed: got dtype {seed.dtype}, takes torch.int64")
+        if seed.shape not in ((), mean.shape[:1]):
+            raise ValueError(f"seed: got shape {tuple(seed.shape)}, takes () or, one per sample, {tuple(mean.shape[:1])}")
+        arguments.on_device("seed", seed, "mu", mean)
+        return seed
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed: got {seed!r}, takes an int or an int64 tensor")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: got {seed}, takes 64 bits")
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    return torch.full((), signed, dtype=torch.int64, device=mean.device)

@@ -1,0 +1,85 @@
+"""Which backend runs an operation.
+
+A backend is a module with ``unavailable(device_type) -> reason | None`` and the operations of ``reference``'s second half:
+``rsample_kl``, ``rsample_kl_backward``, ``elbo``, ``gaussian_nll_backward`` and ``rescale_``, with the same arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+BACKENDS = {"triton": "fused_elbo.backends.triton", "reference": "fused_elbo.reference"}
+
+# In order of preference. A backend that is not listed for a device runs there only where it is asked for by name.
+DEFAULTS = {"cuda": ("triton", "reference")}
+OTHER_DEVICES = ("reference",)
+
+ENVIRONMENT_VARIABLE = "FUSED_ELBO_BACKEND"
+
+_requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("fused_elbo_backend", default=None)
+
+
+def unavailable(name: str, device_type: str) -> str | None:
+    """Why backend ``name`` cannot run on ``device_type`` ("cpu", "cuda"); None if it can."""
+    module, reason = _load(_known(name))
+    return reason if module is None else module.unavailable(device_type)
+
+
+def select(device: torch.device) -> ModuleType:
+    """The backend for ``device``: the one asked for by ``backend()`` or the environment, else the best available.
+
+    Raises:
+        RuntimeError: the backend that was asked for cannot run there.
+    """
+    name = _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE)
+    if name:
+        reason = unavailable(name, device.type)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} was asked for and cannot run on {device.type!r}: {reason}")
+        return _load(name)[0]
+    return _default(device.type)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the operations of a ``with`` block, and their backward passes, on one backend.
+
+    Args:
+        name: "reference" or "triton".
+
+    Raises:
+        ValueError: no backend has that name. That it cannot run is said by the first operation, as a RuntimeError.
+    """
+    token = _requested.set(_known(name))
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, takes one of {sorted(BACKENDS)}")
+    return name
+
+
+@functools.cache
+def _default(device_type: str) -> ModuleType:
+    candidates = DEFAULTS.get(device_type, OTHER_DEVICES)
+    return _load(next(name for name in candidates if unavailable(name, device_type) is None))[0]
+
+
+@functools.cache
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module(BACKENDS[name]), None
+    except ImportError as error:
+        return None, f"import failed: {error}"

@@ -1,0 +1,260 @@
+"""Every operation in plain PyTorch: the specification, the fallback backend and the oracle of all others.
+
+Read it beside the formulas. ``x_hat``, ``x`` and ``mu``, ``logvar`` are (N, ...); every sum runs over all dimensions
+but the first; results are in nats. Terms are computed in float32 for half-precision inputs, else in the inputs' own
+precision.
+
+The first half is the mathematics, differentiable by autograd. The second half is the backend interface: the same
+forward passes with their gradients written out, into buffers that the caller owns.
+
+Sources: Kingma and Welling 2014 (arXiv:1312.6114), eq. 10 and appendix B; Salmon, Moraes, Dror and Shaw 2011
+("Parallel random numbers: as easy as 1, 2, 3"), section 4.3, for Philox; Box and Muller 1958 for the normals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .spec import Gaussian, Gradients, Noise, compute_dtype, elements_per_sample
+
+PHILOX_ROUNDS = 10
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+LANES = 4
+
+# expm1(v) - v loses its leading digits near 0: within this distance it is summed as a series, to full precision.
+SERIES_LIMIT = 1.0
+SERIES_TERMS = {torch.float32: 10, torch.float64: 18}
+
+_WORD = 0xFFFFFFFF
+
+
+def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10. A word is an int64 tensor with values in [0, 2^32); counter (4 words) and key (2) broadcast."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(PHILOX_ROUNDS):
+        # The 64-bit product wraps as two's complement; its two halves are those of the unsigned product.
+        product0 = c0 * PHILOX_MULTIPLIERS[0]
+        product1 = c2 * PHILOX_MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            (product1 >> 32) & _WORD ^ c1 ^ k0,
+            product1 & _WORD,
+            (product0 >> 32) & _WORD ^ c3 ^ k1,
+            product0 & _WORD,
+        )
+        k0 = (k0 + PHILOX_KEY_STEPS[0]) & _WORD
+        k1 = (k1 + PHILOX_KEY_STEPS[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def noise_words(seed: Tensor, shape: Sequence[int], *, first_index: int = 0, offset: int = 0) -> Tensor:
+    """The Philox words behind ``noise``: int64, shape (S, blocks, 4) for S seeds.
+
+    Each row covers whole blocks, so it starts ``first_index % 4`` elements before the first that was asked for.
+    """
+    count = math.prod(shape[1:] if seed.dim() else shape)
+    blocks = torch.arange(first_index // LANES, -(-(first_index + count) // LANES), device=seed.device)
+    stream = torch.tensor([[(offset + 2**63) % 2**64 - 2**63]], device=seed.device)
+    words = philox4x32((*_halves(blocks[None]), *_halves(stream)), _halves(seed.reshape(-1, 1)))
+    return torch.stack(torch.broadcast_tensors(*words), -1)
+
+
+def uniforms(words: Tensor) -> Tensor:
+    """32-bit words to float32 in (0, 1]: ``u = w 2^-32 + 2^-33``, the conversion and the sum rounded to nearest."""
+    return words.to(torch.float32) * 2.0**-32 + 2.0**-33
+
+
+def noise(
+    seed: Tensor,
+    shape: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    first_index: int = 0,
+    offset: int = 0,
+) -> Tensor:
+    """Standard normals of the library's one stream.
+
+    Args:
+        seed: int64 key, shape (), or one per sample, shape (N,): elements are then counted within the sample.
+        shape: shape of the result; its elements are numbered in row-major order.
+        dtype: dtype of the result, which is computed in float64 from the float32 uniforms.
+        first_index: number of the first element, for a shard of a larger tensor.
+        offset: 64-bit counter that separates streams of one seed.
+
+    Returns:
+        Tensor of ``shape`` on the seed's device.
+    """
+    u = uniforms(noise_words(seed, shape, first_index=first_index, offset=offset)).double()
+    radius = torch.sqrt(-2.0 * torch.log(u[..., 0::2]))
+    angle = 2.0 * math.pi * u[..., 1::2]
+    normals = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1).flatten(1)
+    count = math.prod(shape[1:] if seed.dim() else shape)
+    return normals.narrow(1, first_index % LANES, count).reshape(shape).to(dtype)
+
+
+def draw(mu: Tensor, noise_: Noise) -> Tensor:
+    """The normals for a sample of ``mu``'s shape, in the compute dtype of ``mu``."""
+    dtype = compute_dtype(mu)
+    if noise_.eps is not None:
+        return noise_.eps.to(dtype)
+    return noise(noise_.seed, mu.shape, dtype=dtype, first_index=noise_.first_index, offset=noise_.offset)
+
+
+def excess(v: Tensor) -> Tensor:
+    """``expm1(v) - v``, non-negative and to full relative accuracy also near 0, where it is v^2/2 + v^3/6 + ..."""
+    near = v.clamp(-SERIES_LIMIT, SERIES_LIMIT)
+    series = torch.zeros_like(near)
+    for k in range(SERIES_TERMS[v.dtype] + 1, 2, -1):
+        series = (series + 1.0) * near / k
+    return torch.where(v.abs() < SERIES_LIMIT, 0.5 * near * near * (1.0 + series), torch.expm1(v) - v)
+
+
+def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
+    """``KL(N(mu, exp(logvar)) || N(0, I)) = sum_j 1/2 (mu_j^2 + expm1(lv_j) - lv_j)`` per sample, (N,), in nats."""
+    dtype = compute_dtype(mu, logvar)
+    mu, logvar = mu.to(dtype), logvar.to(dtype)
+    return 0.5 * _row_sum(mu * mu + excess(logvar))
+
+
+def reparameterize(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
+    """``z = mu + eps exp(logvar / 2)``, shape and dtype of ``mu``."""
+    dtype = compute_dtype(mu, logvar)
+    return (mu.to(dtype) + eps.to(dtype) * torch.exp(0.5 * logvar.to(dtype))).to(mu.dtype)
+
+
+def gaussian_nll(x_hat: Tensor, x: Tensor, likelihood: Gaussian) -> Tensor:
+    """``sum_i (x_i - x_hat_i)^2 / (2 sigma^2) + D (ln sigma [+ 1/2 ln 2 pi])`` per sample, (N,), in nats."""
+    dtype = compute_dtype(x_hat, x)
+    residual = x_hat.to(dtype) - x.to(dtype)
+    constant = elements_per_sample(x_hat) * likelihood.log_normaliser
+    return 0.5 * likelihood.precision * _row_sum(residual * residual) + constant
+
+
+def total(nll: Tensor, kl: Tensor | None, beta: float | Tensor, weight: float | None) -> Tensor:
+    """``weight sum_n (nll_n + beta kl_n)``, or the (N,) terms of that sum with ``weight=None``."""
+    terms = nll if kl is None else nll + beta * kl.to(nll.dtype)
+    return terms if weight is None else weight * terms.sum()
+
+
+def unavailable(device_type: str) -> str | None:
+    """None: plain PyTorch runs on every device."""
+    return None
+
+
+def rsample_kl(mu: Tensor, logvar: Tensor, noise_: Noise | None, *, want_kl: bool) -> tuple[Tensor | None, Tensor | None]:
+    """A sample ``z`` like ``mu`` (None with no noise) and the KL per sample (N,) (None where it is not wanted)."""
+    z = None if noise_ is None else torch.empty_like(mu).copy_(reparameterize(mu, logvar, draw(mu, noise_)))
+    return z, kl_divergence(mu, logvar) if want_kl else None
+
+
+def rsample_kl_backward(
+    g_z: Tensor | None,
+    g_kl: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor,
+    noise_: Noise | None,
+    out: Gradients,
+) -> None:
+    """Write the latent gradients into ``out.mu`` and ``out.logvar``.
+
+    With c_n = ``g_kl``[n]: d/dmu = g_z + c_n mu and d/dlogvar = g_z eps sigma / 2 + c_n expm1(logvar) / 2.
+    ``g_z`` is like ``mu`` and ``g_kl`` (N,), each with any strides.
+    """
+    dtype = compute_dtype(mu, logvar)
+    mu, logvar = mu.to(dtype), logvar.to(dtype)
+    grad_mu, grad_logvar = torch.zeros_like(mu), torch.zeros_like(logvar)
+    if g_kl is not None:
+        c = _per_row(g_kl.to(dtype), mu)
+        grad_mu += c * mu
+        grad_logvar += 0.5 * c * torch.expm1(logvar)
+    if g_z is not None:
+        grad_mu += g_z
+        if noise_ is not None:
+            grad_logvar += 0.5 * g_z * draw(mu, noise_) * torch.exp(0.5 * logvar)
+    if out.mu is not None:
+        out.mu.copy_(grad_mu)
+    if out.logvar is not None:
+        out.logvar.copy_(grad_logvar)
+
+
+def elbo(
+    x_hat: Tensor,
+    x: Tensor,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    kl: Tensor | None,
+    beta: float | Tensor,
+    likelihood: Gaussian,
+    out: Gradients,
+    *,
+    weight: float | None,
+    grad_scale: float | Tensor = 1.0,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """``loss = weight sum_n (nll_n + beta kl_n)``, the per-sample terms, and the gradients into ``out``.
+
+    The KL is that of ``mu, logvar``, or the given ``kl`` (N,), or absent. With ``weight=None`` there is no total.
+    Gradients are those of ``grad_scale * loss``.
+    """
+    dtype = compute_dtype(x_hat, x, mu, logvar, kl)
+    nll = gaussian_nll(x_hat, x, likelihood).to(dtype)
+    if mu is not None:
+        kl = kl_divergence(mu, logvar).to(dtype)
+    if weight is None:
+        return None, nll, kl
+    scale = torch.as_tensor(grad_scale, dtype=dtype, device=x_hat.device)
+    rows = scale.expand(x_hat.shape[0])
+    if out.x_hat is not None or out.x is not None:
+        gaussian_nll_backward(rows, x_hat, x, likelihood, out, weight=weight)
+    if out.mu is not None or out.logvar is not None:
+        rsample_kl_backward(None, rows * weight * beta, mu, logvar, None, out)
+    if out.kl is not None:
+        out.kl.copy_(scale * weight * beta)
+    return total(nll, kl, beta, weight), nll, kl
+
+
+def gaussian_nll_backward(
+    g_nll: Tensor,
+    x_hat: Tensor,
+    x: Tensor,
+    likelihood: Gaussian,
+    out: Gradients,
+    *,
+    weight: float = 1.0,
+    expected: float | Tensor | None = None,
+) -> None:
+    """Write c_n (x_hat - x) / sigma^2 with c_n = ``g_nll``[n] ``weight`` into ``out.x_hat``, its negative into ``out.x``.
+
+    ``g_nll`` is (N,) with any stride. ``expected``: ``out`` already holds the gradients for a ``g_nll`` that is this number
+    throughout, so a backend may return at once where it is.
+    """
+    dtype = compute_dtype(x_hat, x)
+    c = _per_row(g_nll.to(dtype) * (weight * likelihood.precision), x_hat)
+    gradient = c * (x_hat.to(dtype) - x.to(dtype))
+    if out.x_hat is not None:
+        out.x_hat.copy_(gradient)
+    if out.x is not None:
+        out.x.copy_(-gradient)
+
+
+def rescale_(gradients: Sequence[Tensor], upstream: Tensor, expected: float | Tensor) -> None:
+    """Multiply each tensor in place by ``upstream / expected`` (0-dimensional), without a look at the value."""
+    factor = upstream / expected
+    for gradient in gradients:
+        gradient.mul_(factor)
+
+
+def _row_sum(t: Tensor) -> Tensor:
+    return t.flatten(1).sum(1) if t.dim() > 1 else t
+
+
+def _per_row(weight: Tensor, like: Tensor) -> Tensor:
+    return weight.reshape(weight.shape + (1,) * (like.dim() - 1))
+
+
+def _halves(value: Tensor) -> tuple[Tensor, Tensor]:
+    return value & _WORD, (value >> 32) & _WORD
