@@ -1,0 +1,197 @@
+"""The Triton backend: the host's half of the kernels. On a CPU it runs only under Triton's interpreter, for tests."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import reference
+from ...spec import Gaussian, Gradients, Noise, compute_dtype, elements_per_sample
+from . import kernels
+from .launch import RESCALE_BLOCK, RESCALE_PROGRAMS, WARPS, Plan, Rows, Tickets, as_rows, plan
+
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+_tickets = Tickets()
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why the kernels cannot run on ``device_type``; None if they can."""
+    if triton.knobs.runtime.interpret:
+        return None
+    if device_type == "cuda":
+        return None if torch.cuda.is_available() else "torch sees no CUDA device"
+    return f"Triton compiles for GPUs; on {device_type!r} it needs its interpreter (TRITON_INTERPRET=1 before import)"
+
+
+def rsample_kl(
+    mu: Tensor, logvar: Tensor, noise: Noise | None, *, want_kl: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    if mu.numel() == 0:
+        return reference.rsample_kl(mu, logvar, noise, want_kl=want_kl)
+    dtype = compute_dtype(mu, logvar)
+    z = None if noise is None else torch.empty_like(mu)
+    kl = mu.new_empty(mu.shape[0], dtype=dtype) if want_kl else None
+    eps = None if noise is None else noise.eps
+    rows = as_rows(mu, logvar, eps, z, keep_order=True)
+    stream = _Stream(noise, rows, dtype, mu)
+    p = plan("latent", rows.rows, rows.columns + stream.shift)
+    split = p.split and want_kl
+    with _on(mu.device):
+        kernels.rsample_kl_kernel[(p.programs,)](
+            mu, logvar, eps, z, kl, stream.seed,
+            mu.new_empty(rows.rows * p.chunks, dtype=dtype) if split else None,
+            _tickets.take(mu.device) if split else None,
+            stream.first_index, stream.offset,
+            rows.rows, rows.columns, p.steps, p.chunks,
+            rows.sizes, *rows.strides,
+            ROWS=p.row_block, BLOCK=p.block, EVEN=p.even and stream.shift == 0, WIDE=rows.wide, SPLIT=split, WIDTH=p.width, COMPUTE=_TRITON_DTYPES[dtype],
+            **stream.constants, num_warps=WARPS,
+        )  # fmt: skip
+    return z, kl
+
+
+def rsample_kl_backward(
+    g_z: Tensor | None, g_kl: Tensor | None, mu: Tensor, logvar: Tensor, noise: Noise | None, out: Gradients
+) -> None:
+    if mu.numel() == 0:
+        return
+    dtype = compute_dtype(mu, logvar)
+    eps = None if noise is None else noise.eps
+    rows = as_rows(mu, logvar, g_z, eps, out.mu, out.logvar, keep_order=True)
+    mu_strides, logvar_strides, g_z_strides, *other_strides = rows.strides
+    stream = _Stream(noise, rows, dtype, mu)
+    p = plan("latent", rows.rows, rows.columns + stream.shift)
+    with _on(mu.device):
+        kernels.rsample_kl_backward_kernel[(p.programs,)](
+            g_z, g_kl, mu, logvar, eps, stream.seed, out.mu, out.logvar,
+            stream.first_index, stream.offset, 0 if g_kl is None else g_kl.stride(0),
+            rows.rows, rows.columns, p.steps, p.chunks,
+            rows.sizes, g_z_strides, mu_strides, logvar_strides, *other_strides,
+            ROWS=p.row_block, BLOCK=p.block, EVEN=p.even and stream.shift == 0, WIDE=rows.wide, COMPUTE=_TRITON_DTYPES[dtype],
+            **stream.constants, num_warps=WARPS,
+        )  # fmt: skip
+
+
+def elbo(
+    x_hat: Tensor,
+    x: Tensor,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    kl: Tensor | None,
+    beta: float | Tensor,
+    likelihood: Gaussian,
+    out: Gradients,
+    *,
+    weight: float | None,
+    grad_scale: float | Tensor = 1.0,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    if x_hat.numel() == 0 or (mu is not None and mu.numel() == 0):
+        return reference.elbo(x_hat, x, mu, logvar, kl, beta, likelihood, out, weight=weight, grad_scale=grad_scale)
+    dtype, device = compute_dtype(x_hat, x, mu, logvar, kl), x_hat.device
+    data = as_rows(x_hat, x, out.x_hat, out.x, keep_order=False)
+    data_plan = plan("data", data.rows, data.columns)
+    if mu is None:
+        latent, latent_plan = Rows(0, 0, (1,), (None,) * 4), Plan(1, 1, 1, 1, 0)
+    else:
+        latent = as_rows(mu, logvar, out.mu, out.logvar, keep_order=False)
+        latent_plan = plan("latent", latent.rows, latent.columns)
+    programs = data_plan.programs + latent_plan.programs
+    nll = x_hat.new_empty(data.rows, dtype=dtype)
+    kl_out = None if mu is None else torch.empty_like(nll)
+    loss = None if weight is None else nll.new_empty(())
+    constant = elements_per_sample(x_hat) * likelihood.log_normaliser
+    numbers = (beta, grad_scale, 1.0 if weight is None else weight, likelihood.precision, constant)
+    with _on(device):
+        kernels.elbo_kernel[(programs,)](
+            x_hat, x, out.x_hat, out.x, nll, mu, logvar, out.mu, out.logvar, kl_out, kl, out.kl, loss,
+            nll.new_empty(programs), _tickets.take(device),
+            *(_number(n, dtype, device) for n in numbers), 0 if kl is None else kl.stride(0),
+            data.rows, data.columns, data_plan.steps, data_plan.chunks, data_plan.programs,
+            data.sizes, *data.strides,
+            latent.columns, latent_plan.steps, latent_plan.chunks,
+            latent.sizes, *latent.strides,
+            ROWS=data_plan.row_block, BLOCK=data_plan.block, EVEN=data_plan.even, WIDE=data.wide,
+            SPLIT=data_plan.split, WIDTH=data_plan.width,
+            LATENT_ROWS=latent_plan.row_block, LATENT_BLOCK=latent_plan.block, LATENT_EVEN=latent_plan.even, LATENT_WIDE=latent.wide,
+            LATENT_SPLIT=latent_plan.split, LATENT_WIDTH=latent_plan.width,
+            COMPUTE=_TRITON_DTYPES[dtype], num_warps=WARPS,
+        )  # fmt: skip
+    return loss, nll, kl if mu is None else kl_out
+
+
+def gaussian_nll_backward(
+    g_nll: Tensor,
+    x_hat: Tensor,
+    x: Tensor,
+    likelihood: Gaussian,
+    out: Gradients,
+    *,
+    weight: float = 1.0,
+    expected: float | Tensor | None = None,
+) -> None:
+    if x_hat.numel() == 0:
+        return
+    dtype, device = compute_dtype(x_hat, x), x_hat.device
+    data = as_rows(x_hat, x, out.x_hat, out.x, keep_order=False)
+    p = plan("data", data.rows, data.columns)
+    with _on(device):
+        kernels.gaussian_nll_backward_kernel[(p.programs,)](
+            g_nll, x_hat, x, out.x_hat, out.x,
+            None if expected is None else _number(expected, dtype, device),
+            _number(weight * likelihood.precision, dtype, device), g_nll.stride(0),
+            data.rows, data.columns, p.steps, p.chunks, data.sizes, *data.strides,
+            ROWS=p.row_block, BLOCK=p.block, EVEN=p.even, WIDE=data.wide, COMPUTE=_TRITON_DTYPES[dtype], num_warps=WARPS,
+        )  # fmt: skip
+
+
+def rescale_(gradients: Sequence[Tensor], upstream: Tensor, expected: float | Tensor) -> None:
+    gradients = [g for g in gradients if g.numel()]
+    if not gradients:
+        return
+    counts = tuple(g.numel() for g in gradients)
+    programs = min(-(-max(counts) // RESCALE_BLOCK), RESCALE_PROGRAMS)
+    with _on(upstream.device):
+        kernels.rescale_kernel[(programs, len(gradients))](
+            tuple(gradients), counts, upstream, _number(expected, upstream.dtype, upstream.device),
+            BLOCK=RESCALE_BLOCK, COMPUTE=_TRITON_DTYPES[upstream.dtype], num_warps=WARPS,
+        )  # fmt: skip
+
+
+class _Stream:
+    """The noise arguments of the latent kernels."""
+
+    def __init__(self, noise: Noise | None, rows: Rows, dtype: torch.dtype, mu: Tensor) -> None:
+        self.seed = None if noise is None else noise.seed
+        self.first_index = 0 if noise is None else noise.first_index
+        offset = 0 if noise is None else noise.offset
+        self.offset = offset - 2**64 if offset >= 2**63 else offset
+        per_sample = self.seed is not None and self.seed.dim() == 1
+        last = self.first_index + (rows.columns if per_sample else rows.rows * rows.columns)
+        aligned = self.seed is None or (
+            self.first_index % reference.LANES == 0 and (per_sample or rows.rows == 1 or rows.columns % reference.LANES == 0)
+        )
+        self.shift = 0 if aligned else reference.LANES - 1
+        self.constants: dict[str, Any] = {
+            "PACK": 8 if mu.element_size() == 2 else reference.LANES,
+            "WIDE_NOISE": last // reference.LANES >= 2**32,
+            "SEED_PER_SAMPLE": per_sample,
+            "ALIGNED": aligned,
+        }
+
+
+def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> float | Tensor:
+    """As a kernel argument: Triton passes a float as float32, so float64 goes by way of memory."""
+    if isinstance(value, Tensor) or dtype == torch.float32:
+        return value
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,173 @@
+"""Compile the kernels, as the host code launches them, for a GPU that need not be there, and read the machine code."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from ... import spec
+from ...backends import triton as backend
+from .launch import WARPS
+
+ARCHITECTURES = (80, 90, 100)
+DTYPES = (torch.float32, torch.bfloat16)
+LANES_PER_WARP = 32
+
+# Large enough for the launch rule's full tile and loop; the tensors have no memory.
+SHAPE = (64, 2**18)
+
+
+class Report(NamedTuple):
+    """What the machine code of one kernel says.
+
+    ``instructions`` is the main loop's instructions an element of the tile; ``accesses`` the widths in bits of the main loop's global
+    loads and stores.
+    """
+
+    kernel: str
+    dtype: torch.dtype
+    architecture: int
+    registers: int
+    spilled: int
+    local: int
+    accesses: tuple[int, ...]
+    instructions: float
+
+    @property
+    def clean(self) -> bool:
+        """No spills, no local memory, and every global access of the main loop 16 bytes wide."""
+        return self.spilled == 0 and self.local == 0 and set(self.accesses) == {128}
+
+
+def launches(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """A launch of each kernel, with every output wanted, by name; the tensors live on no device."""
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    terms = torch.empty(SHAPE[0], dtype=torch.float32, device="meta")
+    scalar = torch.empty((), dtype=torch.float32, device="meta")
+    noise = spec.Noise(seed=torch.empty((), dtype=torch.int64, device="meta"))
+    likelihood = spec.Gaussian()
+    a, b = tensor(*SHAPE), tensor(*SHAPE)
+    data = spec.Gradients(x_hat=tensor(*SHAPE))
+    latent = spec.Gradients(mu=tensor(*SHAPE), logvar=tensor(*SHAPE))
+    return {
+        "rsample_kl": lambda: backend.rsample_kl(a, b, noise, want_kl=True),
+        "rsample_kl_backward": lambda: backend.rsample_kl_backward(tensor(*SHAPE), terms, a, b, noise, latent),
+        "gaussian_nll": lambda: backend.elbo(
+            a, b, None, None, terms, 1.0, likelihood, data._replace(kl=scalar), weight=1.0
+        ),
+        "gaussian_nll without gradient": lambda: backend.elbo(
+            a, b, None, None, None, 1.0, likelihood, spec.Gradients(), weight=1.0
+        ),
+        "elbo": lambda: backend.elbo(
+            a, b, *(tensor(SHAPE[0], 128) for _ in range(2)), None, 1.0, likelihood,
+            data._replace(mu=tensor(SHAPE[0], 128), logvar=tensor(SHAPE[0], 128)), weight=1.0,
+        ),
+        "gaussian_nll_backward": lambda: backend.gaussian_nll_backward(terms, a, b, likelihood, data),
+        "rescale": lambda: backend.rescale_([data.x_hat], scalar, 1.0),
+    }  # fmt: skip
+
+
+def inspect(dtype: torch.dtype, architecture: int) -> Iterator[Report]:
+    """Compile every kernel for sm_``architecture`` and yield what its machine code says."""
+    for name, launch in launches(dtype).items():
+        with _compile_only(architecture) as compiled:
+            launch()
+        (kernel, tile), = compiled
+        yield _read(name, dtype, architecture, kernel.asm["cubin"], tile)
+
+
+class _Driver:
+    """Stands in for a GPU's driver as far as compiling asks one."""
+
+    def __init__(self, architecture: int) -> None:
+        self.target = GPUTarget("cuda", architecture, LANES_PER_WARP)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        # Compiled kernels are cached by device: each architecture is one.
+        return f"sm_{self.target.arch}"
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def _compile_only(architecture: int) -> Iterator[list[tuple[Any, int]]]:
+    """Launches compile and are collected, with the elements of their tile, instead of running."""
+    compiled: list[tuple[Any, int]] = []
+    run = JITFunction.run
+
+    def warm_up(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled.append((kernel, options["BLOCK"] * options.get("ROWS", 1)))
+        return kernel
+
+    # Resetting to the default driver would fail where there is no GPU: put back what was there, which may be none yet.
+    previous = triton.runtime.driver._active
+    JITFunction.run = warm_up
+    triton.runtime.driver.set_active(_Driver(architecture))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        triton.runtime.driver._active = previous
+
+
+def _read(name: str, dtype: torch.dtype, architecture: int, cubin: bytes, tile: int) -> Report:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
+        code = _tool("nvdisasm", "--print-code", str(path))
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+    jumps = [(i, re.search(r"\bBRA\b.*`\((\.L_\w+)\)", text)) for i, text in enumerate(instructions)]
+    loops = [(labels[jump[1]], i + 1) for i, jump in jumps if jump and labels[jump[1]] < i]
+    streams = re.compile(r"\b(?:LDG|STG)\.E\S*")
+
+    def widths(loop: tuple[int, int]) -> list[int]:
+        found = (streams.search(text) for text in instructions[slice(*loop)])
+        sizes = (re.search(r"\.(64|128)\b", access[0]) for access in found if access)
+        return [int(size[1]) if size else 32 for size in sizes]
+
+    # The loops that combine partial sums are told by their loads, which have GPU scope.
+    streaming = [loop for loop in sorted(loops) if widths(loop) and not any("STRONG" in i for i in instructions[slice(*loop)])]
+    start, end = streaming[0]
+    return Report(
+        name,
+        dtype,
+        architecture,
+        numbers["REG"],
+        sum("LDL" in text or "STL" in text for text in instructions),
+        numbers["STACK"] + numbers["LOCAL"],
+        tuple(itertools.chain.from_iterable(map(widths, streaming))),
+        (end - start) / (tile / (WARPS * LANES_PER_WARP)),
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,139 @@
+"""From tensors to launches: which dimensions merge, how much a program takes, and the tickets of the last-arrival reductions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements of a tile, by kernel: 128 threads with 16 (data) or 8 (latent, which needs the registers) elements each,
+# at least two 16-byte loads of each tensor in flight.
+WARPS = 4
+TILE = {"data": 2048, "latent": 2048}
+# (up to so many elements, tiles of a row that one program takes in turn): small work is spread, large work amortises.
+STEPS = ((2**20, 1), (2**24, 2), (2**28, 8), (math.inf, 16))
+RESCALE_BLOCK = 4096
+RESCALE_PROGRAMS = 1024
+COMBINE_WIDTH = 1024
+# 16-byte accesses need this many elements of the least power-of-two tile.
+SMALLEST_BLOCK = 16
+
+WIDE_FROM = 2**31
+
+
+class Rows(NamedTuple):
+    """Tensors of one shape (N, ...) seen as N rows.
+
+    ``sizes`` are the row's dimensions that could not be merged, outermost first, and ``strides`` one tuple a tensor (None
+    for None): the stride of the rows, then of each of ``sizes``.
+    """
+
+    rows: int
+    columns: int
+    sizes: tuple[int, ...]
+    strides: tuple[tuple[int, ...] | None, ...]
+
+    @property
+    def wide(self) -> bool:
+        """Whether column numbers or offsets within a row exceed 32 bits."""
+        extents = (
+            sum((size - 1) * stride for size, stride in zip(self.sizes, strides[1:], strict=True))
+            for strides in self.strides
+            if strides is not None
+        )
+        return max((self.columns, *extents)) >= WIDE_FROM - 2 * max(TILE.values())
+
+
+def as_rows(*tensors: Tensor | None, keep_order: bool) -> Rows:
+    """Merge dimensions that are merged in memory for every tensor.
+
+    Args:
+        tensors: of one shape, at least the first not None.
+        keep_order: columns must run in row-major order (the noise counts them); otherwise in that of the first's memory.
+    """
+    first = tensors[0]
+    given = [t for t in tensors if t is not None]
+    dims = [d for d in range(1, first.dim()) if first.shape[d] != 1]
+    if not keep_order:
+        dims.sort(key=first.stride, reverse=True)
+    merged: list[list[int]] = []
+    for d in dims:
+        if merged and all(t.stride(merged[-1][-1]) == t.stride(d) * t.shape[d] for t in given):
+            merged[-1].append(d)
+        else:
+            merged.append([d])
+    sizes = tuple(math.prod(first.shape[d] for d in group) for group in merged) or (1,)
+    strides = tuple(
+        None if t is None else (t.stride(0), *([t.stride(group[-1]) for group in merged] or [1])) for t in tensors
+    )
+    return Rows(first.shape[0], math.prod(sizes), sizes, strides)
+
+
+class Plan(NamedTuple):
+    """How rows are shared out: ``row_block`` rows or ``steps`` tiles of ``block`` columns a program, ``chunks`` programs a row.
+
+    ``even``: every tile is full.
+    """
+
+    row_block: int
+    block: int
+    steps: int
+    chunks: int
+    programs: int
+    even: bool = False
+
+    @property
+    def split(self) -> bool:
+        """Whether a row is shared by several programs."""
+        return self.chunks > 1
+
+    @property
+    def width(self) -> int:
+        """Tile width for adding up the ``chunks`` partial sums of a row."""
+        return min(_power_of_two(self.chunks), COMBINE_WIDTH)
+
+
+def plan(kind: str, rows: int, columns: int) -> Plan:
+    """The one launch rule, a function of shape alone: results must not depend on the device."""
+    block = max(min(_power_of_two(columns), TILE[kind]), SMALLEST_BLOCK)
+    row_block = min(TILE[kind] // block, _power_of_two(rows))
+    tiles = -(-columns // block)
+    steps = min(next(steps for limit, steps in STEPS if rows * columns <= limit), tiles)
+    chunks = -(-tiles // steps)
+    even = rows % row_block == 0 and columns % (block * steps) == 0
+    return Plan(row_block, block, steps, chunks, -(-rows // row_block) * chunks, even)
+
+
+class Tickets:
+    """Zeroed counters, one for each launch that can be in flight; a kernel leaves its counter at zero.
+
+    Launches on one stream follow one another and share one. A captured launch gets one of its own for good, since its graph may
+    be replayed beside anything.
+    """
+
+    SLAB = 1024
+
+    def __init__(self) -> None:
+        self._by_stream: dict[tuple[torch.device, int], Tensor] = {}
+        self._fresh: dict[torch.device, list[Tensor]] = {}
+
+    def take(self, device: torch.device) -> Tensor:
+        if device.type != "cuda":
+            return self._by_stream.setdefault((device, 0), torch.zeros((), dtype=torch.int32, device=device))
+        if torch.cuda.is_current_stream_capturing():
+            fresh = self._fresh.get(device)
+            # In a capture even zeroing would be captured, so a slab that ran out costs the graph a memset.
+            return fresh.pop() if fresh else torch.zeros((), dtype=torch.int32, device=device)
+        key = (device, torch.cuda.current_stream(device).cuda_stream)
+        if key not in self._by_stream:
+            if not self._fresh.get(device):
+                self._fresh[device] = list(torch.zeros(self.SLAB, dtype=torch.int32, device=device).unbind())
+            self._by_stream[key] = self._fresh[device].pop()
+        return self._by_stream[key]
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
