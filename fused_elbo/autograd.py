@@ -83,8 +83,8 @@ class RsampleKL(torch.autograd.Function):
 class ELBO(torch.autograd.Function):
     """``(loss, nll, kl, *gradients)`` of the negative ELBO; the gradients are this Function's own and not differentiable.
 
-    ``apply(x_hat, x, mu, logvar, kl, beta, grad_scale, chunk_dim, likelihood, weight, needs, inplace, backend)``: the KL is that of
-    ``mu, logvar`` (``logvar`` None: packed moments), or ``kl`` (N,), or absent. ``weight`` is 1/N, 1 or None for reduction
+    ``apply(x_hat, x, mu, logvar, kl, beta, grad_scale, chunk_dim, likelihood, weight, needs, inplace, backend)``: the KL is
+    that of ``mu, logvar`` (``logvar`` None: packed moments), or ``kl`` (N,), or absent. ``weight`` is 1/N, 1 or None for reduction
     "mean", "sum", "none"; ``needs`` tells which of (x_hat, x, mu, logvar, kl) need a gradient. ``fused_elbo.elbo_loss`` checks
     its arguments, this does not.
     """
@@ -126,7 +126,7 @@ class ELBO(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         x_hat, x, mu, logvar, kl, beta, grad_scale, *options = inputs
         ctx.chunk_dim, ctx.likelihood, ctx.weight, ctx.needs, inplace, ctx.backend = options
-        loss, nll, kl_out, *gradients = output
+        _, _, kl_out, *gradients = output
         ctx.mark_non_differentiable(*(g for g in gradients if g is not None))
         ctx.set_materialize_grads(False)
         ctx.inplace = inplace and ctx.needs[0] and ctx.weight is not None

@@ -103,8 +103,8 @@ def reparameterize(
 def kl_divergence(mu: Tensor, logvar: Tensor | None = None, *, chunk_dim: int | None = None, reduction: str = "mean") -> Tensor:
     """``KL(N(mu, exp(logvar)) || N(0, I))`` in nats, summed over all dimensions but the batch's.
 
-    Kingma and Welling 2014 (arXiv:1312.6114), appendix B. Evaluated as ``1/2 (mu^2 + expm1(logvar) - logvar)`` with a series near
-    0: relative error under 1e-6 in float32, never negative.
+    Kingma and Welling 2014 (arXiv:1312.6114), appendix B. Evaluated as ``1/2 (mu^2 + expm1(logvar) - logvar)`` with a series
+    near 0: relative error under 1e-6 in float32, never negative.
 
     Args:
         mu, logvar, chunk_dim: as for ``rsample_kl``.
@@ -144,8 +144,8 @@ def gaussian_nll(
         full: keep the constant ``D/2 ln 2 pi``. Default False.
         reduction: "mean" over the batch (default), "sum", or "none" for (N,). With "none" the gradient is computed in the
             backward, from the upstream gradient of every sample.
-        grad_scale: the upstream gradient to expect (1 / accumulation steps, a GradScaler's scale), a float or one element on the
-            device. The gradient is computed for it at once; another upstream gradient is right too, only slower. Default 1.
+        grad_scale: the upstream gradient to expect (1 / accumulation steps, a GradScaler's scale), a float or one element on
+            the device. The gradient is computed for it at once; another upstream gradient is right too, only slower. Default 1.
         inplace: write the gradient over ``x_hat``, which must not be used again. Default False.
 
     Returns:

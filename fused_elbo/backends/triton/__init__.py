@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import reference
 from ...spec import Gaussian, Gradients, Noise, compute_dtype, elements_per_sample
-from . import kernels
+from . import latent_kernels, loss_kernels
 from .launch import RESCALE_BLOCK, RESCALE_PROGRAMS, WARPS, Plan, Rows, Tickets, as_rows, plan
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -25,13 +25,13 @@ def unavailable(device_type: str) -> str | None:
     if triton.knobs.runtime.interpret:
         return None
     if device_type == "cuda":
+        if torch.version.hip:
+            return "the kernels hold PTX, which an AMD GPU does not run"
         return None if torch.cuda.is_available() else "torch sees no CUDA device"
     return f"Triton compiles for GPUs; on {device_type!r} it needs its interpreter (TRITON_INTERPRET=1 before import)"
 
 
-def rsample_kl(
-    mu: Tensor, logvar: Tensor, noise: Noise | None, *, want_kl: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def rsample_kl(mu: Tensor, logvar: Tensor, noise: Noise | None, *, want_kl: bool) -> tuple[Tensor | None, Tensor | None]:
     if mu.numel() == 0:
         return reference.rsample_kl(mu, logvar, noise, want_kl=want_kl)
     dtype = compute_dtype(mu, logvar)
@@ -43,14 +43,15 @@ def rsample_kl(
     p = plan("latent", rows.rows, rows.columns + stream.shift)
     split = p.split and want_kl
     with _on(mu.device):
-        kernels.rsample_kl_kernel[(p.programs,)](
+        latent_kernels.rsample_kl_kernel[(p.programs,)](
             mu, logvar, eps, z, kl, stream.seed,
             mu.new_empty(rows.rows * p.chunks, dtype=dtype) if split else None,
             _tickets.take(mu.device) if split else None,
             stream.first_index, stream.offset,
             rows.rows, rows.columns, p.steps, p.chunks,
             rows.sizes, *rows.strides,
-            ROWS=p.row_block, BLOCK=p.block, EVEN=p.even and stream.shift == 0, WIDE=rows.wide, SPLIT=split, WIDTH=p.width, COMPUTE=_TRITON_DTYPES[dtype],
+            ROWS=p.row_block, BLOCK=p.block, EVEN=p.even and stream.shift == 0, WIDE=rows.wide,
+            SPLIT=split, WIDTH=p.width, COMPUTE=_TRITON_DTYPES[dtype],
             **stream.constants, num_warps=WARPS,
         )  # fmt: skip
     return z, kl
@@ -68,7 +69,7 @@ def rsample_kl_backward(
     stream = _Stream(noise, rows, dtype, mu)
     p = plan("latent", rows.rows, rows.columns + stream.shift)
     with _on(mu.device):
-        kernels.rsample_kl_backward_kernel[(p.programs,)](
+        latent_kernels.rsample_kl_backward_kernel[(p.programs,)](
             g_z, g_kl, mu, logvar, eps, stream.seed, out.mu, out.logvar,
             stream.first_index, stream.offset, 0 if g_kl is None else g_kl.stride(0),
             rows.rows, rows.columns, p.steps, p.chunks,
@@ -108,7 +109,7 @@ def elbo(
     constant = elements_per_sample(x_hat) * likelihood.log_normaliser
     numbers = (beta, grad_scale, 1.0 if weight is None else weight, likelihood.precision, constant)
     with _on(device):
-        kernels.elbo_kernel[(programs,)](
+        loss_kernels.elbo_kernel[(programs,)](
             x_hat, x, out.x_hat, out.x, nll, mu, logvar, out.mu, out.logvar, kl_out, kl, out.kl, loss,
             nll.new_empty(programs), _tickets.take(device),
             *(_number(n, dtype, device) for n in numbers), 0 if kl is None else kl.stride(0),
@@ -118,8 +119,8 @@ def elbo(
             latent.sizes, *latent.strides,
             ROWS=data_plan.row_block, BLOCK=data_plan.block, EVEN=data_plan.even, WIDE=data.wide,
             SPLIT=data_plan.split, WIDTH=data_plan.width,
-            LATENT_ROWS=latent_plan.row_block, LATENT_BLOCK=latent_plan.block, LATENT_EVEN=latent_plan.even, LATENT_WIDE=latent.wide,
-            LATENT_SPLIT=latent_plan.split, LATENT_WIDTH=latent_plan.width,
+            LATENT_ROWS=latent_plan.row_block, LATENT_BLOCK=latent_plan.block, LATENT_EVEN=latent_plan.even,
+            LATENT_WIDE=latent.wide, LATENT_SPLIT=latent_plan.split, LATENT_WIDTH=latent_plan.width,
             COMPUTE=_TRITON_DTYPES[dtype], num_warps=WARPS,
         )  # fmt: skip
     return loss, nll, kl if mu is None else kl_out
@@ -141,7 +142,7 @@ def gaussian_nll_backward(
     data = as_rows(x_hat, x, out.x_hat, out.x, keep_order=False)
     p = plan("data", data.rows, data.columns)
     with _on(device):
-        kernels.gaussian_nll_backward_kernel[(p.programs,)](
+        loss_kernels.gaussian_nll_backward_kernel[(p.programs,)](
             g_nll, x_hat, x, out.x_hat, out.x,
             None if expected is None else _number(expected, dtype, device),
             _number(weight * likelihood.precision, dtype, device), g_nll.stride(0),
@@ -157,7 +158,7 @@ def rescale_(gradients: Sequence[Tensor], upstream: Tensor, expected: float | Te
     counts = tuple(g.numel() for g in gradients)
     programs = min(-(-max(counts) // RESCALE_BLOCK), RESCALE_PROGRAMS)
     with _on(upstream.device):
-        kernels.rescale_kernel[(programs, len(gradients))](
+        loss_kernels.rescale_kernel[(programs, len(gradients))](
             tuple(gradients), counts, upstream, _number(expected, upstream.dtype, upstream.device),
             BLOCK=RESCALE_BLOCK, COMPUTE=_TRITON_DTYPES[upstream.dtype], num_warps=WARPS,
         )  # fmt: skip

