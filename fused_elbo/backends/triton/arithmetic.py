@@ -1,8 +1,8 @@
 """Device functions: the noise stream and the exponentials of the latent kernels, element by element.
 
 Compiled, float32 uses the special-function unit's logarithm, root, sine and cosine. Their documented errors (CUDA C++
-Programming Guide, "Intrinsic Functions": 2^-22 for __log2f near 1, 2^-21.4 for __sinf and 2^-21.2 for __cosf within pi) leave the
-normals within 9e-6 of exact, under the 1e-5 that backends share. Triton's interpreter has no inline assembly and takes NumPy's.
+Programming Guide, "Intrinsic Functions": 2^-22 for __log2f near 1, 2^-21.4 for __sinf and 2^-21.2 for __cosf within pi) leave
+the normals within 9e-6 of exact, under the 1e-5 that backends share. Triton's interpreter takes NumPy's.
 """
 
 import triton

@@ -100,8 +100,8 @@ def elbo_kernel(
     latent_columns, latent_steps, latent_chunks,
     latent_sizes, mu_strides, logvar_strides, g_mu_strides, g_logvar_strides,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, WIDTH: tl.constexpr,
-    LATENT_ROWS: tl.constexpr, LATENT_BLOCK: tl.constexpr, LATENT_EVEN: tl.constexpr, LATENT_WIDE: tl.constexpr, LATENT_SPLIT: tl.constexpr,
-    LATENT_WIDTH: tl.constexpr, COMPUTE: tl.constexpr,
+    LATENT_ROWS: tl.constexpr, LATENT_BLOCK: tl.constexpr, LATENT_EVEN: tl.constexpr, LATENT_WIDE: tl.constexpr,
+    LATENT_SPLIT: tl.constexpr, LATENT_WIDTH: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """loss = weight sum_n (nll_n + beta kl_n) with its gradients: data programs first, then latent programs, then the last to
     arrive adds up what they left."""
@@ -161,7 +161,7 @@ def gaussian_nll_backward_kernel(
     sizes, x_hat_strides, x_strides, g_x_hat_strides, g_x_strides,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient alone, for upstream gradients ``g_nll`` times ``factor``; with ``expected``, only where they are not that."""
+    """The gradient alone, for upstream gradients ``g_nll`` times ``factor``; with ``expected``, only if they are not that."""
     stale = True
     if expected is not None:
         stale = tl.load(g_nll).to(COMPUTE) != number(expected, COMPUTE)

@@ -1,8 +1,8 @@
 """What the kernels share: which elements a program's tile holds, and the sums that programs leave for the last to arrive.
 
-A tensor of N samples is seen as rows; a program takes ROWS rows or, of one row, ``steps`` tiles of BLOCK columns. Strides come as
-tuples, the row's first; ``sizes`` are the sizes of a row's dimensions that could not be merged. The grid depends on shapes alone:
-same inputs, same bits.
+A tensor of N samples is seen as rows; a program takes ROWS rows or, of one row, ``steps`` tiles of BLOCK columns. Strides come
+as tuples, the row's first; ``sizes`` are the sizes of a row's dimensions that could not be merged. The grid depends on shapes
+alone: same inputs, same bits.
 """
 
 import triton
