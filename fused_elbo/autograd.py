@@ -85,8 +85,8 @@ class ELBO(torch.autograd.Function):
 
     ``apply(x_hat, x, mu, logvar, kl, beta, grad_scale, chunk_dim, likelihood, weight, needs, inplace, backend)``: the KL is
     that of ``mu, logvar`` (``logvar`` None: packed moments), or ``kl`` (N,), or absent. ``weight`` is 1/N, 1 or None for
-    reduction "mean", "sum", "none"; ``needs`` tells which of (x_hat, x, mu, logvar, kl) need a gradient. ``fused_elbo.elbo_loss`` checks
-    its arguments, this does not.
+    reduction "mean", "sum", "none"; ``needs`` tells which of (x_hat, x, mu, logvar, kl) need a gradient.
+    ``fused_elbo.elbo_loss`` checks its arguments, this does not.
     """
 
     @staticmethod

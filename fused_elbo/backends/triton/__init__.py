@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import reference
 from ...spec import Gaussian, Gradients, Noise, compute_dtype, elements_per_sample
 from . import latent_kernels, loss_kernels
-from .launch import RESCALE_BLOCK, RESCALE_PROGRAMS, WARPS, Plan, Rows, Tickets, as_rows, plan
+from .launch import LATENT_REGISTERS, RESCALE_BLOCK, RESCALE_PROGRAMS, WARPS, Plan, Rows, Tickets, as_rows, plan
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 _tickets = Tickets()
@@ -47,12 +47,12 @@ def rsample_kl(mu: Tensor, logvar: Tensor, noise: Noise | None, *, want_kl: bool
             mu, logvar, eps, z, kl, stream.seed,
             mu.new_empty(rows.rows * p.chunks, dtype=dtype) if split else None,
             _tickets.take(mu.device) if split else None,
-            stream.first_index, stream.offset,
+            *stream.numbers,
             rows.rows, rows.columns, p.steps, p.chunks,
             rows.sizes, *rows.strides,
             ROWS=p.row_block, BLOCK=p.block, EVEN=p.even and stream.shift == 0, WIDE=rows.wide,
             SPLIT=split, WIDTH=p.width, COMPUTE=_TRITON_DTYPES[dtype],
-            **stream.constants, num_warps=WARPS,
+            **stream.constants, num_warps=WARPS, maxnreg=LATENT_REGISTERS,
         )  # fmt: skip
     return z, kl
 
@@ -71,7 +71,7 @@ def rsample_kl_backward(
     with _on(mu.device):
         latent_kernels.rsample_kl_backward_kernel[(p.programs,)](
             g_z, g_kl, mu, logvar, eps, stream.seed, out.mu, out.logvar,
-            stream.first_index, stream.offset, 0 if g_kl is None else g_kl.stride(0),
+            *stream.numbers, 0 if g_kl is None else g_kl.stride(0),
             rows.rows, rows.columns, p.steps, p.chunks,
             rows.sizes, g_z_strides, mu_strides, logvar_strides, *other_strides,
             ROWS=p.row_block, BLOCK=p.block, EVEN=p.even and stream.shift == 0, WIDE=rows.wide, COMPUTE=_TRITON_DTYPES[dtype],
@@ -169,14 +169,13 @@ class _Stream:
 
     def __init__(self, noise: Noise | None, rows: Rows, dtype: torch.dtype, mu: Tensor) -> None:
         self.seed = None if noise is None else noise.seed
-        self.first_index = 0 if noise is None else noise.first_index
-        offset = 0 if noise is None else noise.offset
-        self.offset = offset - 2**64 if offset >= 2**63 else offset
+        first_index, offset = (0, 0) if noise is None else (noise.first_index, noise.offset)
         per_sample = self.seed is not None and self.seed.dim() == 1
-        last = self.first_index + (rows.columns if per_sample else rows.rows * rows.columns)
+        last = first_index + (rows.columns if per_sample else rows.rows * rows.columns)
         aligned = self.seed is None or (
-            self.first_index % reference.LANES == 0 and (per_sample or rows.rows == 1 or rows.columns % reference.LANES == 0)
+            first_index % reference.LANES == 0 and (per_sample or rows.rows == 1 or rows.columns % reference.LANES == 0)
         )
+        self.numbers = (self.seed.stride(0) if per_sample else 0, *_words(first_index), *_words(offset))
         self.shift = 0 if aligned else reference.LANES - 1
         self.constants: dict[str, Any] = {
             "PACK": 8 if mu.element_size() == 2 else reference.LANES,
@@ -184,6 +183,12 @@ class _Stream:
             "SEED_PER_SAMPLE": per_sample,
             "ALIGNED": aligned,
         }
+
+
+def _words(value: int) -> tuple[int, int]:
+    """The halves of 64 bits as signed ints: the interpreter misreads an int that needs the 32nd bit for its value."""
+    low, high = value % 2**32, value >> 32
+    return low - 2**32 * (low >= 2**31), high - 2**32 * (high >= 2**31)
 
 
 def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> float | Tensor:

@@ -138,16 +138,17 @@ def _counter(first, i, WIDE: tl.constexpr):
 
 
 @triton.jit
-def normals(key, offset, first, BLOCK: tl.constexpr, PACK: tl.constexpr, WIDE: tl.constexpr, dtype: tl.constexpr):
+def normals(
+    key, offset_low, offset_high, first, BLOCK: tl.constexpr, PACK: tl.constexpr, WIDE: tl.constexpr, dtype: tl.constexpr
+):
     """Tile (ROWS, BLOCK) of normals; ``key`` and ``first``, the row's first block index, are (ROWS, 1) int64.
 
     PACK consecutive elements, 4 or 8, come from one thread: as many as its 16-byte accesses hold, so that nothing is exchanged.
     """
     k0 = key.to(tl.uint32)
     k1 = (key >> 32).to(tl.uint32)
-    offset = offset.to(tl.int64)
-    c2 = offset.to(tl.uint32)
-    c3 = (offset >> 32).to(tl.uint32)
+    c2 = offset_low.to(tl.uint32)
+    c3 = offset_high.to(tl.uint32)
     if PACK == 8:
         i = 2 * tl.arange(0, BLOCK // 8)[None, :]
         low, high = _counter(first, i, WIDE)

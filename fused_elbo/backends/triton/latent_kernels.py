@@ -8,24 +8,26 @@ from .tiles import arrive, columns_of, combine, mask_of, pointers
 
 
 @triton.jit
-def _first_element(row, columns, first_index, SEED_PER_SAMPLE: tl.constexpr):
+def _first_element(row, columns, first_low, first_high, SEED_PER_SAMPLE: tl.constexpr):
     """Number in the noise stream of each row's first element."""
+    first_index = (first_high.to(tl.int64) << 32) + first_low.to(tl.uint32).to(tl.int64)
     return row * 0 + first_index if SEED_PER_SAMPLE else row * columns + first_index
 
 
 @triton.jit
-def _key(seed, row, row_mask, SEED_PER_SAMPLE: tl.constexpr):
-    return tl.load(seed + row, row_mask, other=0) if SEED_PER_SAMPLE else tl.load(seed + row * 0)
+def _key(seed, seed_stride, row, row_mask, SEED_PER_SAMPLE: tl.constexpr):
+    # One seed for all is loaded without an address a row: its key schedule then runs beside the vector instructions.
+    return tl.load(seed + row * seed_stride, row_mask, other=0) if SEED_PER_SAMPLE else tl.load(seed + row * 0)
 
 
-@triton.jit(do_not_specialize=["first_index", "offset"])
+@triton.jit(do_not_specialize=["first_low", "first_high", "offset_low", "offset_high"])
 def rsample_kl_kernel(
     mu, logvar, eps, z,  # (rows, columns)
     kl,  # (rows,) | None
     seed,  # () | (rows,) | None
     partials,  # (rows, chunks) | None
     ticket,  # () | None
-    first_index, offset,
+    seed_stride, first_low, first_high, offset_low, offset_high,
     rows, columns, steps, chunks,
     sizes, mu_strides, logvar_strides, eps_strides, z_strides,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, PACK: tl.constexpr, WIDE: tl.constexpr,
@@ -36,10 +38,10 @@ def rsample_kl_kernel(
     chunk = tl.program_id(0) % chunks
     row = ((tl.program_id(0) // chunks) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     row_mask = row < rows
-    element = _first_element(row, columns, first_index, SEED_PER_SAMPLE)
+    element = _first_element(row, columns, first_low, first_high, SEED_PER_SAMPLE)
     shift = 0 if ALIGNED else (element % 4).to(tl.int32)
     if seed is not None:
-        key = _key(seed, row, row_mask, SEED_PER_SAMPLE)
+        key = _key(seed, seed_stride, row, row_mask, SEED_PER_SAMPLE)
     total = tl.zeros([ROWS, BLOCK], COMPUTE)
     for step in range(steps):
         column = columns_of(chunk, step, steps, shift, BLOCK, WIDE)
@@ -51,7 +53,7 @@ def rsample_kl_kernel(
                 noise = tl.load(pointers(eps, row, column, sizes, eps_strides), mask, other=0.0).to(COMPUTE)
             else:
                 first = element // 4 + (chunk * steps + step).to(tl.int64) * (BLOCK // 4)
-                noise = normals(key, offset, first, BLOCK, PACK, WIDE_NOISE, COMPUTE)
+                noise = normals(key, offset_low, offset_high, first, BLOCK, PACK, WIDE_NOISE, COMPUTE)
         sigma, excess = sigma_and_excess(lv)
         if z is not None:
             sample = m + noise * sigma
@@ -69,14 +71,14 @@ def rsample_kl_kernel(
             tl.store(kl + index, sums.to(kl.dtype.element_ty), index < rows)
 
 
-@triton.jit(do_not_specialize=["first_index", "offset"])
+@triton.jit(do_not_specialize=["first_low", "first_high", "offset_low", "offset_high"])
 def rsample_kl_backward_kernel(
     g_z,  # (rows, columns) | None
     g_kl,  # (rows,) | None
     mu, logvar, eps,  # (rows, columns)
     seed,  # () | (rows,) | None
     g_mu, g_logvar,  # (rows, columns) | None
-    first_index, offset, g_kl_stride,
+    seed_stride, first_low, first_high, offset_low, offset_high, g_kl_stride,
     rows, columns, steps, chunks,
     sizes, g_z_strides, mu_strides, logvar_strides, eps_strides, g_mu_strides, g_logvar_strides,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, PACK: tl.constexpr, WIDE: tl.constexpr,
@@ -86,10 +88,10 @@ def rsample_kl_backward_kernel(
     chunk = tl.program_id(0) % chunks
     row = ((tl.program_id(0) // chunks) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     row_mask = row < rows
-    element = _first_element(row, columns, first_index, SEED_PER_SAMPLE)
+    element = _first_element(row, columns, first_low, first_high, SEED_PER_SAMPLE)
     shift = 0 if ALIGNED else (element % 4).to(tl.int32)
     if seed is not None:
-        key = _key(seed, row, row_mask, SEED_PER_SAMPLE)
+        key = _key(seed, seed_stride, row, row_mask, SEED_PER_SAMPLE)
     if g_kl is not None:
         c = tl.load(g_kl + row * g_kl_stride, row_mask, other=0.0).to(COMPUTE)
     for step in range(steps):
@@ -116,6 +118,6 @@ def rsample_kl_backward_kernel(
                     grad += upstream * noise * sigma
                 elif seed is not None:
                     first = element // 4 + (chunk * steps + step).to(tl.int64) * (BLOCK // 4)
-                    noise = normals(key, offset, first, BLOCK, PACK, WIDE_NOISE, COMPUTE)
+                    noise = normals(key, offset_low, offset_high, first, BLOCK, PACK, WIDE_NOISE, COMPUTE)
                     grad += upstream * noise * sigma
             tl.store(pointers(g_logvar, row, column, sizes, g_logvar_strides), (0.5 * grad).to(g_logvar.dtype.element_ty), mask)
