@@ -111,9 +111,9 @@ def index(name: str, value: object, limit: int) -> int:
 
 
 def overwritable(name: str, value: Tensor) -> None:
-    """``value`` may be overwritten by its gradient: no leaf, and no two elements share memory."""
-    if value.requires_grad and value.is_leaf:
-        raise ValueError(f"inplace: got True with a leaf {name} that requires grad, takes False there")
+    """``value`` may be overwritten by its gradient: no leaf nor a view of one, and no two elements share memory."""
+    if any(t is not None and t.requires_grad and t.is_leaf for t in (value, value._base)):
+        raise ValueError(f"inplace: got True with a leaf {name} that requires grad, or a view of one, takes False there")
     if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
         raise ValueError(f"inplace: got True with an expanded {name} (stride 0), takes False there")
 

@@ -85,22 +85,24 @@ def _train(args: argparse.Namespace) -> int:
         del given["loss"]
     try:
         stored = read_checkpoint(out / "fused" if both else out)["config"] if given.get("resume") else {}
-        config = TrainConfig(**{**stored, **given, "out": str(out)})
-        if not both:
+        try:
+            config = TrainConfig(**{**stored, **given, "out": str(out)})
+        except ValueError as error:
+            raise RunError(str(error)) from error
+        if both:
+            print(table(compare(config, out)))
+        else:
             train(config)
-            if not config.quiet:
-                print(f"wrote {out}")
-            return 0
-        print(table(compare(config, out)))
-        print(f"wrote {out}")
-        return 0
-    except (DataError, RunError, ValueError) as error:
+    except (DataError, RunError) as error:
         print(f"python -m fused_elbo train: error: {error}", file=sys.stderr)
         return BAD_ARGUMENTS
     except TrainingFailed as failure:
         if failure.code == INTERRUPTED:
             print(f"continue both with: python -m fused_elbo train --loss both --out {out} --resume", file=sys.stderr)
         return failure.code
+    if not config.quiet:
+        print(f"wrote {out}")
+    return 0
 
 
 def _absolute(folder: str) -> str:

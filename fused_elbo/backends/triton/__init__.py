@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import reference
 from ...spec import Gaussian, Gradients, Noise, compute_dtype, elements_per_sample
 from . import latent_kernels, loss_kernels
-from .launch import LATENT_REGISTERS, RESCALE_BLOCK, RESCALE_PROGRAMS, WARPS, Plan, Rows, Tickets, as_rows, plan
+from .launch import RESCALE_BLOCK, RESCALE_PROGRAMS, Plan, Rows, Tickets, as_rows, options, plan
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 _tickets = Tickets()
@@ -52,7 +52,7 @@ def rsample_kl(mu: Tensor, logvar: Tensor, noise: Noise | None, *, want_kl: bool
             rows.sizes, *rows.strides,
             ROWS=p.row_block, BLOCK=p.block, EVEN=p.even and stream.shift == 0, WIDE=rows.wide,
             SPLIT=split, WIDTH=p.width, COMPUTE=_TRITON_DTYPES[dtype],
-            **stream.constants, num_warps=WARPS, maxnreg=LATENT_REGISTERS,
+            **stream.constants, **options("rsample_kl"),
         )  # fmt: skip
     return z, kl
 
@@ -75,7 +75,7 @@ def rsample_kl_backward(
             rows.rows, rows.columns, p.steps, p.chunks,
             rows.sizes, g_z_strides, mu_strides, logvar_strides, *other_strides,
             ROWS=p.row_block, BLOCK=p.block, EVEN=p.even and stream.shift == 0, WIDE=rows.wide, COMPUTE=_TRITON_DTYPES[dtype],
-            **stream.constants, num_warps=WARPS,
+            **stream.constants, **options("rsample_kl_backward"),
         )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def elbo(
             SPLIT=data_plan.split, WIDTH=data_plan.width,
             LATENT_ROWS=latent_plan.row_block, LATENT_BLOCK=latent_plan.block, LATENT_EVEN=latent_plan.even,
             LATENT_WIDE=latent.wide, LATENT_SPLIT=latent_plan.split, LATENT_WIDTH=latent_plan.width,
-            COMPUTE=_TRITON_DTYPES[dtype], num_warps=WARPS,
+            COMPUTE=_TRITON_DTYPES[dtype], **options("elbo"),
         )  # fmt: skip
     return loss, nll, kl if mu is None else kl_out
 
@@ -147,12 +147,17 @@ def gaussian_nll_backward(
             None if expected is None else _number(expected, dtype, device),
             _number(weight * likelihood.precision, dtype, device), g_nll.stride(0),
             data.rows, data.columns, p.steps, p.chunks, data.sizes, *data.strides,
-            ROWS=p.row_block, BLOCK=p.block, EVEN=p.even, WIDE=data.wide, COMPUTE=_TRITON_DTYPES[dtype], num_warps=WARPS,
+            ROWS=p.row_block, BLOCK=p.block, EVEN=p.even, WIDE=data.wide, COMPUTE=_TRITON_DTYPES[dtype], **options("gaussian_nll_backward"),
         )  # fmt: skip
 
 
 def rescale_(gradients: Sequence[Tensor], upstream: Tensor, expected: float | Tensor) -> None:
     gradients = [g for g in gradients if g.numel()]
+    # The kernel runs through memory. Only an activation overwritten in place may have holes, which are somebody else's.
+    for gradient in gradients:
+        if not _dense(gradient):
+            gradient.mul_(upstream / expected)
+    gradients = [g for g in gradients if _dense(g)]
     if not gradients:
         return
     counts = tuple(g.numel() for g in gradients)
@@ -160,7 +165,7 @@ def rescale_(gradients: Sequence[Tensor], upstream: Tensor, expected: float | Te
     with _on(upstream.device):
         loss_kernels.rescale_kernel[(programs, len(gradients))](
             tuple(gradients), counts, upstream, _number(expected, upstream.dtype, upstream.device),
-            BLOCK=RESCALE_BLOCK, COMPUTE=_TRITON_DTYPES[upstream.dtype], num_warps=WARPS,
+            BLOCK=RESCALE_BLOCK, COMPUTE=_TRITON_DTYPES[upstream.dtype], **options("rescale"),
         )  # fmt: skip
 
 
@@ -183,6 +188,10 @@ class _Stream:
             "SEED_PER_SAMPLE": per_sample,
             "ALIGNED": aligned,
         }
+
+
+def _dense(t: Tensor) -> bool:
+    return t.is_contiguous() or torch.empty_like(t, device="meta").stride() == t.stride()
 
 
 def _words(value: int) -> tuple[int, int]:

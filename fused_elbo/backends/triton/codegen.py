@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import re
 import subprocess
 import tempfile
@@ -171,3 +172,16 @@ def _read(name: str, dtype: torch.dtype, architecture: int, cubin: bytes, tile: 
 def _tool(name: str, *arguments: str) -> str:
     path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def main() -> None:
+    """Print the report of every dtype, architecture and kernel as a line of JSON."""
+    for dtype in DTYPES:
+        for architecture in ARCHITECTURES:
+            for report in inspect(dtype, architecture):
+                name = str(dtype).removeprefix("torch.")
+                print(json.dumps({**report._asdict(), "dtype": name, "clean": report.clean}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

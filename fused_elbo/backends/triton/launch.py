@@ -11,9 +11,9 @@ from torch import Tensor
 # Elements of a tile, by kernel: 128 threads with 16 (data) or 8 (latent, which needs the registers) elements each,
 # at least two 16-byte loads of each tensor in flight.
 WARPS = 4
+# Left alone, the assembler aims for more blocks on a multiprocessor, and spills a register or two to get there.
+REGISTERS = {"rsample_kl": 128, "rsample_kl_backward": 64, "elbo": 80, "gaussian_nll_backward": 64, "rescale": 64}
 TILE = {"data": 2048, "latent": 2048}
-# Left alone, the assembler keeps the latent forward to 96 registers and, for bfloat16, spills two to do so.
-LATENT_REGISTERS = 128
 # (up to so many elements, tiles of a row that one program takes in turn): small work is spread, large work amortises.
 STEPS = ((2**20, 1), (2**24, 2), (2**28, 8), (math.inf, 16))
 RESCALE_BLOCK = 4096
@@ -104,6 +104,11 @@ def plan(kind: str, rows: int, columns: int) -> Plan:
     chunks = -(-tiles // steps)
     even = rows % row_block == 0 and columns % (block * steps) == 0
     return Plan(row_block, block, steps, chunks, -(-rows // row_block) * chunks, even)
+
+
+def options(kernel: str) -> dict[str, int]:
+    """Compiler options of a kernel."""
+    return {"num_warps": WARPS, "maxnreg": REGISTERS[kernel]}
 
 
 class Tickets:

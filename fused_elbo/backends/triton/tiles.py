@@ -12,8 +12,10 @@ import triton.language as tl
 @triton.jit
 def number(value, dtype: tl.constexpr):
     """A float argument, or the element that a pointer argument points at."""
-    value = tl.to_tensor(value)
-    if value.dtype.is_ptr():
+    if isinstance(value, float):
+        # In the interpreter alone a float argument stays Python's.
+        return tl.full([], value, dtype)
+    elif value.dtype.is_ptr():
         return tl.load(value).to(dtype)
     else:
         return value.to(dtype)

@@ -1,0 +1,94 @@
+"""Fixtures: the backends as one parametrisation, the device, uninitialised memory that shows, and property tests."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import hypothesis
+import pytest
+import torch
+
+# Both are read when a library is first used, so they stand before the import of ours.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import fused_elbo as fe
+from fused_elbo import ops
+
+REQUIRED = os.environ.get("FUSED_ELBO_REQUIRE_BACKENDS", "").replace(",", " ").split()
+
+hypothesis.settings.register_profile(
+    "fused_elbo",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile("fused_elbo")
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    """A buffer that a kernel forgets to write must not pass by luck."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=("reference", "triton"))
+def backend(request, device):
+    """The name of the backend that runs the test's operations."""
+    reason = ops.unavailable(request.param, device.type)
+    if reason is not None:
+        message = f"backend {request.param!r} cannot run on {device.type!r}: {reason}"
+        pytest.fail(message) if request.param in REQUIRED else pytest.skip(message)
+    with fe.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def interpreted(backend, device) -> bool:
+    """Whether kernels run one program at a time in Python, where sizes and counts must stay small."""
+    return backend == "triton" and device.type == "cpu"
+
+
+@pytest.fixture(params=("narrow", "wide"))
+def small_launches(request, backend, monkeypatch):
+    """Loops over tiles, over programs and over their partial sums, at sizes that the interpreter has time for."""
+    if backend != "triton":
+        if request.param == "wide":
+            pytest.skip("the width of an index is the Triton kernels' own")
+        return
+    from fused_elbo.backends import triton
+    from fused_elbo.backends.triton import launch
+
+    monkeypatch.setattr(launch, "TILE", dict.fromkeys(launch.TILE, 32))
+    monkeypatch.setattr(launch, "STEPS", ((math.inf, 3),))
+    monkeypatch.setattr(launch, "COMBINE_WIDTH", 1)
+    monkeypatch.setattr(triton, "RESCALE_BLOCK", 16)
+    monkeypatch.setattr(triton, "RESCALE_PROGRAMS", 2)
+    if request.param == "wide":
+        monkeypatch.setattr(launch, "WIDE_FROM", 0)
+
+
+@pytest.fixture
+def every(interpreted):
+    """``every(strategy)(check)`` calls ``check`` with examples of the strategy, as many as the backend has time for."""
+
+    def decorate(strategy):
+        def run(check):
+            settings = hypothesis.settings(max_examples=12 if interpreted else 60)
+            settings(hypothesis.given(strategy)(check))()
+
+        return run
+
+    return decorate

@@ -1,0 +1,147 @@
+"""How the package is put together: which way imports run, and what ``import fused_elbo`` needs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fused_elbo
+
+PACKAGE = Path(fused_elbo.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+MOST_LINES = 400
+
+# Who may import whom of the core, in full; a backend also its own files.
+CORE = {
+    "": {"nn", "functional", "autograd", "ops", "_version"},
+    "_version": set(),
+    "nn": {"functional"},
+    "functional": {"autograd", "ops", "arguments", "spec"},
+    "arguments": set(),
+    "autograd": {"ops", "reference", "spec"},
+    "ops": {"backends", "reference", "spec"},
+    "reference": {"spec"},
+    "spec": set(),
+    "backends": {"reference", "spec"},
+}
+
+# Tools and examples over the public names, which the core may not know.
+ABOVE = {"cli", "__main__", "vae", "check", "accuracy", "doctor", "bench"}
+
+KERNELS = [path for path in (PACKAGE / "backends").rglob("*.py") if "@triton.jit" in path.read_text()]
+
+
+def module_of(path: Path) -> tuple[str, ...]:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def imports_of(path: Path) -> set[tuple[str, ...]]:
+    """Modules of the package that a file imports anywhere, as paths below the package."""
+    package = module_of(path) if path.name == "__init__.py" else module_of(path)[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            name = tuple((node.module or "").split(".")) if node.module else ()
+            if node.level:
+                base = package[: len(package) - node.level + 1] + name
+            elif name[:1] == ("fused_elbo",):
+                base = name[1:]
+            else:
+                continue
+            for alias in node.names:
+                below = PACKAGE.joinpath(*base, alias.name)
+                is_module = below.is_dir() or below.with_suffix(".py").exists()
+                found.add((*base, alias.name) if is_module else base)
+        elif isinstance(node, ast.Import):
+            found |= {tuple(a.name.split(".")[1:]) for a in node.names if a.name.split(".")[0] == "fused_elbo"}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_downward(path):
+    module = module_of(path)
+    own = module[0] if module else ""
+    if own in ABOVE:
+        return
+    assert own in CORE, f"{own} has no place in the order of imports"
+    for target in imports_of(path):
+        name = target[0] if target else ""
+        if own == "backends" and target[:2] == module[:2]:
+            continue
+        assert name in CORE[own], f"{'.'.join(module)} imports {'.'.join(target) or 'the package'}"
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_kernels_import_nothing_of_ours(path):
+    directory = module_of(path)[:-1]
+    assert all(target[: len(directory)] == directory for target in imports_of(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= MOST_LINES
+
+
+def test_typed():
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_public_names():
+    assert fused_elbo.__all__ == sorted(fused_elbo.__all__)
+    for name in fused_elbo.__all__:
+        assert hasattr(fused_elbo, name)
+
+
+def run(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_needs_little():
+    run("""
+import sys
+sys.modules["triton"] = None
+sys.modules["matplotlib"] = None
+import torch
+for name in ("is_available", "device_count", "get_device_properties", "get_device_capability", "_lazy_init"):
+    def queried(*_, name=name, **__):
+        raise AssertionError(f"torch.cuda.{name} was called at import")
+    setattr(torch.cuda, name, queried)
+import fused_elbo as fe
+""")
+
+
+def test_import_loads_little():
+    run("""
+import sys
+import torch
+before = set(sys.modules)
+import fused_elbo
+loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
+assert not loaded & {"triton", "matplotlib", "scipy", "mlxtend", "tqdm"}, loaded
+assert not torch.cuda.is_initialized()
+""")
+
+
+def test_without_triton_the_rest_runs_and_the_reason_is_kept():
+    run("""
+import sys
+sys.modules["triton"] = None
+import fused_elbo as fe
+import torch
+t = torch.zeros(2, 3, requires_grad=True)
+fe.elbo_loss(t, t + 1, t, t).loss.backward()
+assert "triton" in fe.ops.unavailable("triton", "cpu")
+try:
+    with fe.backend("triton"):
+        fe.kl_divergence(t, t)
+except RuntimeError as error:
+    assert "import failed" in str(error) and "triton" in str(error), error
+else:
+    raise AssertionError("a backend that was asked for fell back")
+""")
