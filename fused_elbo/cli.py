@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_elbo", description="Fused losses for variational autoencoders.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands)
+    _add_check(commands)
+    _add_doctor(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -69,6 +71,36 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     existing.add_argument("--overwrite", action="store_true", help="replace the run in --out (default: off)")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors and the final table (default: off)")
     parser.set_defaults(run=_train)
+
+
+def _add_check(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="compare every backend, operation and dtype with the formulas on this machine",
+        description="Gradient checks, error envelopes, noise and machine code of every backend; exit code 1 if any fails.",
+    )
+    parser.set_defaults(run=_check)
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="what is installed, which backend runs where, and why one does not",
+        description="Versions, devices and backends; exit code 1 if the backend asked for by the environment cannot run.",
+    )
+    parser.set_defaults(run=_doctor)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from . import check
+
+    return check.run()
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from . import doctor
+
+    return doctor.run()
 
 
 def _train(args: argparse.Namespace) -> int:

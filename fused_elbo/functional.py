@@ -198,6 +198,17 @@ def elbo_loss(
     return ELBOTerms(loss, nll, kl if mu is None else kl_out)
 
 
+def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """The seed that a sample takes where none is given: one int64 draw, shape (), from a generator of ``device``.
+
+    Raises:
+        ValueError: the generator is of another device.
+    """
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(f"generator: got one of device {generator.device}, takes one of {device}")
+    return torch.randint(-(2**63), 2**63 - 1, (), device=device, generator=generator)
+
+
 def _elbo(
     x_hat: Tensor,
     x: Tensor,
@@ -284,9 +295,7 @@ def _noise(
 
 def _seed(mean: Tensor, seed: int | Tensor | None, generator: torch.Generator | None) -> Tensor:
     if seed is None:
-        if generator is not None and generator.device.type != mean.device.type:
-            raise ValueError(f"generator: got one of device {generator.device}, takes one of {mean.device}")
-        return torch.randint(-(2**63), 2**63 - 1, (), device=mean.device, generator=generator)
+        return draw_seed(mean.device, generator)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"seed: got dtype {seed.dtype}, takes torch.int64")

@@ -13,8 +13,9 @@ from typing import Any
 import mpmath
 import numpy as np
 import torch
-from tolerances import ELEMENT_ULPS
 from torch import Tensor
+
+from fused_elbo import accuracy
 
 MPMATH_DIGITS = 50
 
@@ -89,38 +90,16 @@ def with_gradients(
     return [o.detach() for o in outputs], [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)]
 
 
-def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Distance between neighbouring numbers of ``dtype`` at ``value``'s magnitude, float64; constant among subnormals."""
-    info = torch.finfo(dtype)
-    magnitude = value.double().abs().clamp(min=info.smallest_normal, max=info.max)
-    return torch.exp2(torch.floor(torch.log2(magnitude))) * info.eps
-
-
 def assert_envelope(
     ours: Tensor, exact: Tensor, eager: Tensor, *, ulps: int | None = None, terms: Tensor | None = None, what: str = ""
 ) -> None:
-    """``|ours - exact| <= |eager - exact| + ulps``, element by element, in units in the last place of ``ours``' dtype.
-
-    ``ulps``: default ``ELEMENT_ULPS``, for what is not a sum.
-
-    ``terms`` is the magnitude of the largest term where the formula adds terms of either sign: they may cancel, and what
-    is left then carries their rounding.
-    """
+    """``accuracy.envelope`` holds; ``what`` names the result in the message."""
     assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
-    ours64, exact, eager = ours.detach().double(), exact.double(), eager.detach().double()
-    # A value beyond the dtype's range is right as an infinity.
-    reachable = exact.to(ours.dtype).double()
-    same = (ours64 == reachable) | (ours64.isnan() & exact.isnan())
-    scale = exact.abs() if terms is None else torch.maximum(exact.abs(), terms.detach().double().abs())
-    eager_error = torch.nan_to_num((eager - exact).abs(), nan=math.inf, posinf=math.inf)
-    bound = eager_error.where(eager.isfinite(), torch.zeros_like(eager)) + (
-        ELEMENT_ULPS[ours.dtype] if ulps is None else ulps
-    ) * ulp(scale, ours.dtype)
-    error = (ours64 - exact).abs()
-    bad = ~(same | (error <= bound))
+    error, bound = accuracy.envelope(ours, exact, eager, ulps=ulps, terms=terms)
+    bad = ~(error <= bound)
     if bad.any():
-        at = int((torch.nan_to_num(error / bound, nan=math.inf) * bad).flatten().argmax())
-        values = [f"{t.flatten()[at].item():.9g}" for t in (ours64, exact, eager, error, bound)]
+        at = int(((error / bound) * bad).flatten().argmax())
+        values = [f"{t.flatten()[at].item():.9g}" for t in (ours, exact, eager, error, bound)]
         labels = ("ours", "exact", "eager", "error", "bound")
         detail = ", ".join(f"{k} {v}" for k, v in zip(labels, values, strict=True))
         raise AssertionError(f"{what}: {int(bad.sum())} of {bad.numel()} beyond the envelope; element {at}: {detail}")

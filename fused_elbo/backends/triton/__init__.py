@@ -147,7 +147,8 @@ def gaussian_nll_backward(
             None if expected is None else _number(expected, dtype, device),
             _number(weight * likelihood.precision, dtype, device), g_nll.stride(0),
             data.rows, data.columns, p.steps, p.chunks, data.sizes, *data.strides,
-            ROWS=p.row_block, BLOCK=p.block, EVEN=p.even, WIDE=data.wide, COMPUTE=_TRITON_DTYPES[dtype], **options("gaussian_nll_backward"),
+            ROWS=p.row_block, BLOCK=p.block, EVEN=p.even, WIDE=data.wide,
+            COMPUTE=_TRITON_DTYPES[dtype], **options("gaussian_nll_backward"),
         )  # fmt: skip
 
 

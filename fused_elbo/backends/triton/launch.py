@@ -12,7 +12,7 @@ from torch import Tensor
 # at least two 16-byte loads of each tensor in flight.
 WARPS = 4
 # Left alone, the assembler aims for more blocks on a multiprocessor, and spills a register or two to get there.
-REGISTERS = {"rsample_kl": 128, "rsample_kl_backward": 64, "elbo": 80, "gaussian_nll_backward": 64, "rescale": 64}
+REGISTERS = {"rsample_kl": 128, "rsample_kl_backward": 64, "elbo": 96, "gaussian_nll_backward": 64, "rescale": 64}
 TILE = {"data": 2048, "latent": 2048}
 # (up to so many elements, tiles of a row that one program takes in turn): small work is spread, large work amortises.
 STEPS = ((2**20, 1), (2**24, 2), (2**28, 8), (math.inf, 16))

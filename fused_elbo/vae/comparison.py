@@ -1,0 +1,142 @@
+"""The fused loss and the eager one, side by side: the same training twice, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import signal
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from . import run_folder
+from .config import LOSSES, TrainConfig, option
+
+COMPARISON = "comparison.json"
+PICTURE = "comparison.png"
+
+
+class TrainingFailed(RuntimeError):
+    """One of the two trainings did not finish and has said why; ``code`` is the exit code to hand on."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"training ended with code {code}")
+        self.code = code
+
+
+def compare(config: TrainConfig, folder: Path) -> dict[str, Any]:
+    """Train with each loss into ``folder/fused`` and ``folder/eager``; write comparison.json and comparison.png.
+
+    Each runs in a fresh process, so that its peak memory is its own.
+
+    Args:
+        config: of both; its ``loss`` and ``out`` are not used.
+        folder: where the two run folders go.
+
+    Returns:
+        The content of comparison.json, see ``summary``.
+
+    Raises:
+        RunError: ``folder`` holds a run and neither resume nor overwrite was asked for, or the other way round.
+        TrainingFailed: one of the trainings ended early.
+    """
+    for loss in LOSSES:
+        # With --resume the second one may not have been begun.
+        if not (config.resume and loss != LOSSES[0]):
+            run_folder.require_free(folder / loss, resume=config.resume, overwrite=config.overwrite)
+    for outdated in (folder / COMPARISON, folder / PICTURE):
+        if outdated.exists():
+            outdated.unlink()
+    metrics = {}
+    for loss in LOSSES:
+        out = folder / loss
+        resume = config.resume and (out / run_folder.CHECKPOINT).exists()
+        if not config.quiet:
+            print(f"{loss} loss:", flush=True)
+        _train_in_subprocess(replace(config, loss=loss, out=str(out), resume=resume))
+        metrics[loss] = json.loads((out / run_folder.METRICS).read_text())
+
+    from . import plots
+
+    content = summary(metrics)
+    run_folder.write_json(folder / COMPARISON, content)
+    plots.draw_losses(folder / PICTURE, metrics, f"{config.model} VAE: the same training with the fused and the eager loss")
+    return content
+
+
+def summary(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the metrics of two trainings, by loss, have to say about each other.
+
+    Returns:
+        ``environment``; ``heldout_elbo`` by loss and epoch (nats per digit), their ``heldout_elbo_difference``; ``steps``, and
+        ``largest_step_difference``, in nats, of the two losses of a step; by loss ``training_seconds``, ``median_step_ms`` and
+        ``peak_memory_mib``, and what that last one means.
+    """
+    fused, eager = metrics.values()
+    elbo = {loss: [epoch["heldout"]["elbo"] for epoch in m["epochs"]] for loss, m in metrics.items()}
+    steps = list(zip(fused["steps"]["loss"], eager["steps"]["loss"], strict=True))
+    return {
+        "environment": fused["environment"],
+        "heldout_elbo": elbo,
+        "heldout_elbo_difference": [f - e for f, e in zip(*elbo.values(), strict=True)],
+        "steps": len(steps),
+        "largest_step_difference": max(abs(f - e) for f, e in steps),
+        "training_seconds": {loss: sum(epoch["seconds"] for epoch in m["epochs"]) for loss, m in metrics.items()},
+        "median_step_ms": {loss: statistics.median(m["steps"]["ms"]) for loss, m in metrics.items()},
+        "peak_memory_mib": {loss: m["peak_memory_mib"] for loss, m in metrics.items()},
+        "peak_memory_meaning": fused["peak_memory_meaning"],
+    }
+
+
+def table(content: dict[str, Any]) -> str:
+    """``summary`` as a table to print."""
+    environment = content["environment"]
+    elbo = content["heldout_elbo"]
+    header = f"{'':<32}{'fused':>12}{'eager':>12}{'difference':>14}"
+    lines = [
+        f"device {environment['device']} ({environment['device_name']}), fused backend {environment['backend']}",
+        "",
+        header,
+    ]
+    rows = zip(elbo["fused"], elbo["eager"], content["heldout_elbo_difference"], strict=True)
+    for epoch, (fused, eager, difference) in enumerate(rows, 1):
+        lines.append(f"{f'held-out ELBO, nats, epoch {epoch}':<32}{fused:>12.3f}{eager:>12.3f}{difference:>+14.6f}")
+    for name, key, digits in (
+        ("training seconds", "training_seconds", 2),
+        ("median step, ms", "median_step_ms", 2),
+        ("peak memory, MiB", "peak_memory_mib", 1),
+    ):
+        values = content[key]
+        cells = ["n/a" if values[loss] is None else f"{values[loss]:.{digits}f}" for loss in LOSSES]
+        lines.append(f"{name:<32}{cells[0]:>12}{cells[1]:>12}")
+    lines += [
+        "",
+        f"In {content['steps']} steps the two training losses differ by {content['largest_step_difference']:.1e} nats at most.",
+        f"Peak memory is {content['peak_memory_meaning']}. The eager times leave out the drawing of the noise.",
+    ]
+    if environment["backend"].endswith(".reference"):
+        lines += [
+            "The backend here is the reference: the fused loss ran as its plain-PyTorch fallback. That shows that the numbers",
+            "agree, and claims nothing about speed or memory: for those it takes a device that has a fused backend.",
+        ]
+    return "\n".join(lines)
+
+
+def _train_in_subprocess(config: TrainConfig) -> None:
+    command = [sys.executable, "-m", "fused_elbo", "train"]
+    for name, value in asdict(config).items():
+        if value is True:
+            command.append(option(name))
+        elif value is not False and value is not None:
+            command += [option(name), str(value)]
+    process = subprocess.Popen(command)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        # A terminal has sent Ctrl-C to both processes, `kill` only to this one; a second signal changes nothing.
+        process.send_signal(signal.SIGINT)
+        code = process.wait()
+    if code:
+        raise TrainingFailed(code)

