@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
 
 from . import accuracy, functional, ops, reference
 
@@ -169,7 +170,7 @@ def _values_and_gradients(result: Result, operation: Operation, device: torch.de
         try:
             torch.autograd.gradcheck(operation.fused, leaves)
             torch.autograd.gradgradcheck(operation.fused, leaves)
-        except torch.autograd.gradcheck.GradcheckError as error:
+        except GradcheckError as error:
             result.failure = str(error).strip().splitlines()[0]
 
 

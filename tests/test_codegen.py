@@ -1,0 +1,67 @@
+"""The Triton kernels' machine code, compiled for GPUs that need not be here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+LATENT_FORWARD_BUDGET = 45
+TARGETS = (80, 90, 100)
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fused_elbo.backends.triton.codegen"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert process.returncode == 0, process.stderr
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+def test_every_kernel_is_compiled_for_every_target(reports):
+    found = {(r["kernel"], r["dtype"], r["architecture"]) for r in reports}
+    kernels = {kernel for kernel, _, _ in found}
+    folder = Path(__file__).parents[1] / "fused_elbo/backends/triton"
+    launched = set(re.findall(r"_kernels\.(\w+)_kernel\[", (folder / "__init__.py").read_text()))
+    assert launched <= {kernel.split()[0] for kernel in kernels}
+    assert found == {(k, d, t) for k in kernels for d in ("float32", "bfloat16") for t in TARGETS}
+
+
+def test_nothing_spills_and_accesses_are_whole(reports):
+    for r in reports:
+        name = f"{r['kernel']} {r['dtype']} sm_{r['architecture']}"
+        assert r["spilled"] == 0, name
+        assert r["local"] == 0, name
+        assert r["accesses"], name
+        assert set(r["accesses"]) == {128}, name
+
+
+def test_latent_forward_is_within_its_budget(reports):
+    (r,) = (r for r in reports if (r["kernel"], r["dtype"], r["architecture"]) == ("rsample_kl", "float32", 90))
+    assert 10 < r["instructions"] <= LATENT_FORWARD_BUDGET
+
+
+def test_readme_figures(reports):
+    import triton
+
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    if f"Triton {triton.__version__} " not in text:
+        pytest.skip(f"the README's figures are another version's than Triton {triton.__version__}")
+    for kernel, label in (
+        ("rsample_kl", "latent forward"),
+        ("rsample_kl_backward", "latent backward"),
+        ("gaussian_nll", "likelihood with its gradient"),
+    ):
+        row = re.search(rf"^\| {label}[^|]*\| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE)
+        for dtype, shown in zip(("float32", "bfloat16"), row.groups(), strict=True):
+            (r,) = (r for r in reports if (r["kernel"], r["dtype"], r["architecture"]) == (kernel, dtype, 90))
+            assert abs(r["instructions"] - float(shown)) < 0.06, (kernel, dtype)

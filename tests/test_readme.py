@@ -1,0 +1,69 @@
+"""The README: its code runs, its table of conventions gives the numbers it promises, its figures are what the tools say."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Normal
+
+import fused_elbo as fe
+from fused_elbo import cli
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+N, SHAPE = 6, (3, 8, 8)
+D = math.prod(SHAPE)
+
+
+def test_python_blocks_run():
+    namespace: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert all(p.grad is not None for name in ("encoder", "decoder") for p in namespace[name].parameters())
+
+
+def conventions() -> list[tuple[str, str, str]]:
+    rows = re.findall(r"^\| ([^|]+) \| `([^`]+)` \| `([^`]+)` \|$", README, re.MULTILINE)
+    assert len(rows) == 5
+    return rows
+
+
+@pytest.mark.parametrize(("name", "theirs", "ours"), conventions(), ids=lambda text: text[:30])
+def test_conventions_give_the_same_number_and_gradients(name, theirs, ours):
+    KLD = re.search(r"`KLD` is `(.*?)`", README)[1]
+    values = []
+    for expression in (theirs.replace("KLD", f"({KLD})"), ours):
+        tensors = {
+            key: oracle.leaf(oracle.randn(N, *shape, seed=seed, dtype=torch.float64))
+            for seed, (key, shape) in enumerate({"x_hat": SHAPE, "x": SHAPE, "mu": (4,), "logvar": (4,)}.items())
+        }
+        scope = {"torch": torch, "F": F, "Normal": Normal, "fe": fe, "N": N, "D": D, "w": 0.00025, "beta": 4.0, "s": 0.3}
+        value = eval(expression, scope, tensors)
+        values.append((value.detach(), *oracle.grads(value, list(tensors.values()))))
+    for a, b in zip(*values, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_commands_exist(capsys):
+    for command in sorted(set(re.findall(r"python -m fused_elbo (\w+)", README))):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([command, "--help"])
+    assert "usage" in capsys.readouterr().out
+
+
+def test_make_targets_exist():
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    for target in set(re.findall(r"make (\w+)  ", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_layers_are_named_as_they_are():
+    for name in re.findall(r"`(\w+\.py)`", README):
+        assert list(Path(fe.__file__).parent.rglob(name)), name
