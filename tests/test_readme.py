@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import oracle
@@ -11,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributions import Normal
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fused_elbo as fe
 from fused_elbo import cli
@@ -49,6 +52,41 @@ def test_conventions_give_the_same_number_and_gradients(name, theirs, ours):
         values.append((value.detach(), *oracle.grads(value, list(tensors.values()))))
     for a, b in zip(*values, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts how often each size of tensor is read or written by the operations that eager PyTorch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        returns = function._schema.returns
+        if not (returns and returns[0].alias_info):
+            name = function._schema.name
+            # Noise is made from a tensor's shape alone. A squared error is written whole before it is summed.
+            read = [] if name == "aten::randn_like" else tree_leaves((args, kwargs))
+            for t in [*read, out]:
+                if isinstance(t, torch.Tensor) and 0 not in t.stride():
+                    self.passes[t.numel()] += 1
+            if name == "aten::mse_loss":
+                self.passes[args[0].numel()] += 2
+        return out
+
+
+def test_passes_over_memory_of_the_classic_lines():
+    mu, logvar, x_hat = (torch.randn(shape, requires_grad=True) for shape in ((50, 20), (50, 20), (50, 60)))
+    x, g_z = torch.randn(50, 60), torch.randn(50, 20)
+    with Traffic() as traffic:
+        std = torch.exp(0.5 * logvar)
+        z = mu + torch.randn_like(std) * std
+        reconstruction = F.mse_loss(x_hat, x, reduction="sum")
+        KLD = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+        torch.autograd.backward([(reconstruction + KLD) / 50, z], [None, g_z])
+    said = re.search(r"stream the latents (\d+)\s+times and the images (\d+) times", README)
+    assert (traffic.passes[mu.numel()], traffic.passes[x.numel()]) == tuple(map(int, said.groups()))
 
 
 def test_commands_exist(capsys):

@@ -33,8 +33,8 @@ SHAPE = (64, 2**18)
 class Report(NamedTuple):
     """What the machine code of one kernel says.
 
-    ``instructions`` is the main loop's instructions an element of the tile; ``accesses`` the widths in bits of the global loads
-    and stores that stream the tensors.
+    ``instructions`` is the main loop's instructions an element of the tile, ``passes`` how often it reads or writes each; the
+    ``accesses`` are the widths in bits of all global loads and stores that stream tensors.
     """
 
     kernel: str
@@ -45,6 +45,7 @@ class Report(NamedTuple):
     local: int
     accesses: tuple[int, ...]
     instructions: float
+    passes: float
 
     @property
     def clean(self) -> bool:
@@ -157,6 +158,7 @@ def _read(name: str, dtype: torch.dtype, architecture: int, cubin: bytes, tile: 
     # The loops that combine partial sums are told by their loads, which have GPU scope.
     streaming = [loop for loop in sorted(loops) if widths(loop) and not any("STRONG" in i for i in instructions[slice(*loop)])]
     start, end = streaming[0]
+    elements = tile / (WARPS * LANES_PER_WARP)
     return Report(
         name,
         dtype,
@@ -165,7 +167,8 @@ def _read(name: str, dtype: torch.dtype, architecture: int, cubin: bytes, tile: 
         sum("LDL" in text or "STL" in text for text in instructions),
         numbers["STACK"] + numbers["LOCAL"],
         tuple(itertools.chain.from_iterable(map(widths, streaming))),
-        (end - start) / (tile / (WARPS * LANES_PER_WARP)),
+        (end - start) / elements,
+        sum(widths(streaming[0])) / (8 * dtype.itemsize * elements),
     )
 
 
