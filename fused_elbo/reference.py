@@ -59,7 +59,8 @@ def noise_words(seed: Tensor, shape: Sequence[int], *, first_index: int = 0, off
     """
     count = math.prod(shape[1:] if seed.dim() else shape)
     blocks = torch.arange(first_index // LANES, -(-(first_index + count) // LANES), device=seed.device)
-    stream = torch.tensor([[(offset + 2**63) % 2**64 - 2**63]], device=seed.device)
+    # torch.full is filled by the device: torch.tensor would be copied to it, and waited for.
+    stream = torch.full((1, 1), (offset + 2**63) % 2**64 - 2**63, device=seed.device)
     words = philox4x32((*_halves(blocks[None]), *_halves(stream)), _halves(seed.reshape(-1, 1)))
     return torch.stack(torch.broadcast_tensors(*words), -1)
 
@@ -206,7 +207,8 @@ def elbo(
         kl = kl_divergence(mu, logvar).to(dtype)
     if weight is None:
         return None, nll, kl
-    scale = torch.as_tensor(grad_scale, dtype=dtype, device=x_hat.device)
+    scale = grad_scale if isinstance(grad_scale, Tensor) else torch.full((), grad_scale, dtype=dtype, device=x_hat.device)
+    scale = scale.to(dtype)
     rows = scale.expand(x_hat.shape[0])
     if out.x_hat is not None or out.x is not None:
         gaussian_nll_backward(rows, x_hat, x, likelihood, out, weight=weight)
