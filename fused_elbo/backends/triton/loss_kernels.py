@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import sigma_and_excess, sigma_and_expm1
-from .tiles import arrive, columns_of, combine, mask_of, number, pointers
+from .tiles import arrive, columns_of, combine, mask_of, number, pointers, share_of
 
 
 @triton.jit
@@ -31,8 +31,7 @@ def _nll_program(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One program's share of the reconstruction: its part of a row's sum, or whole rows with the KL that goes with them."""
-    chunk = pid % chunks
-    row = ((pid // chunks) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    chunk, row = share_of(pid, chunks, ROWS)
     total = tl.zeros([ROWS, BLOCK], COMPUTE)
     for step in range(steps):
         column = columns_of(chunk, step, steps, 0, BLOCK, WIDE)
@@ -60,8 +59,7 @@ def _kl_program(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One program's share of the KL and of its gradient, c times that of the sum."""
-    chunk = pid % chunks
-    row = ((pid // chunks) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    chunk, row = share_of(pid, chunks, ROWS)
     total = tl.zeros([ROWS, BLOCK], COMPUTE)
     for step in range(steps):
         column = columns_of(chunk, step, steps, 0, BLOCK, WIDE)
@@ -166,8 +164,7 @@ def gaussian_nll_backward_kernel(
     if expected is not None:
         stale = tl.load(g_nll).to(COMPUTE) != number(expected, COMPUTE)
     if stale:
-        chunk = tl.program_id(0) % chunks
-        row = ((tl.program_id(0) // chunks) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        chunk, row = share_of(tl.program_id(0), chunks, ROWS)
         c = tl.load(g_nll + row * g_nll_stride, row < rows, other=0.0).to(COMPUTE) * number(factor, COMPUTE)
         for step in range(steps):
             column = columns_of(chunk, step, steps, 0, BLOCK, WIDE)

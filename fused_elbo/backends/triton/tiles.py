@@ -33,6 +33,13 @@ def pointers(base, row, column, sizes, strides):
 
 
 @triton.jit
+def share_of(pid, chunks, ROWS: tl.constexpr):
+    """Which part of a row, and which rows (ROWS, 1), are program ``pid``'s."""
+    row = (pid // chunks) * ROWS + tl.arange(0, ROWS)[:, None]
+    return pid % chunks, row.to(tl.int64)
+
+
+@triton.jit
 def columns_of(chunk, step, steps, shift, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """Columns (1, BLOCK) of a program's tile; ``shift`` columns before a row's first, so that noise blocks are whole."""
     tile = chunk * steps + step
