@@ -264,9 +264,13 @@ def _differentiable(
     formula: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Any], upstream: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Gradients of ``formula(*inputs)`` that are part of the graph, None for inputs that need none."""
-    wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
     with torch.enable_grad():
-        pairs = [(o, g) for o, g in zip(formula(*inputs), upstream, strict=True) if g is not None]
+        # One input may have been computed from another (x_hat from mu); an alias has no such past.
+        inputs = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in inputs]
+        wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+        pairs = [(o, g) for o, g in zip(formula(*inputs), upstream, strict=True) if g is not None and o.requires_grad]
+        if not pairs:
+            return [None] * len(inputs)
         outputs, grads = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     return [next(found) if isinstance(t, Tensor) and t.requires_grad else None for t in inputs]

@@ -181,7 +181,8 @@ def elbo_loss(
         x_hat, x, sigma, full, reduction, grad_scale, inplace: as for ``gaussian_nll``.
         mu, logvar, chunk_dim: as for ``rsample_kl``.
         kl: (N,) the KL per sample, in place of ``mu`` and ``logvar``.
-        beta: weight of the KL, a float or one element on the device (annealing it neither recompiles nor waits). Default 1.
+        beta: weight of the KL, a float or one element on the device. Annealing it never waits for the device; under
+            ``torch.compile`` anneal a tensor, since each new float is a new graph. Default 1.
 
     Returns:
         ``loss``, ``nll`` (N,) and ``kl`` (N,); the terms may be differentiated as well.
@@ -202,7 +203,7 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
     """The seed that a sample takes where none is given: one int64 draw, shape (), from a generator of ``device``.
 
     Raises:
-        ValueError: the generator is of another device.
+        ValueError: the generator is of another kind of device.
     """
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator: got one of device {generator.device}, takes one of {device}")
@@ -234,6 +235,8 @@ def _elbo(
         kl = arguments.per_sample("kl", kl, "x_hat", x_hat)
     beta = arguments.scalar("beta", beta, "x_hat", x_hat)
     grad_scale = arguments.scalar("grad_scale", grad_scale, "x_hat", x_hat)
+    if isinstance(grad_scale, Tensor) and grad_scale.requires_grad:
+        raise ValueError("grad_scale: got a tensor that requires grad, takes a constant: it only says what backward will bring")
     likelihood = Gaussian(arguments.positive("sigma", sigma), bool(full))
     arguments.choice("reduction", reduction, arguments.REDUCTIONS)
     if inplace:

@@ -81,5 +81,6 @@ def _default(device_type: str) -> ModuleType:
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module(BACKENDS[name]), None
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
+        # AttributeError: a version of a package that lacks what the backend uses.
         return None, f"import failed: {error}"

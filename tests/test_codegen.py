@@ -30,13 +30,27 @@ PASSES = {
 }
 
 
-@pytest.fixture(scope="module")
-def reports() -> list[dict]:
+def compiled(*options: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fused_elbo.backends.triton.codegen"]
+    command = [sys.executable, "-m", "fused_elbo.backends.triton.codegen", *options]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert process.returncode == 0, process.stderr
     return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict]:
+    return compiled()
+
+
+def test_every_variant_compiles():
+    # The interpreter runs what a compiler would refuse, float64 beside float32 code above all.
+    found = compiled("--variants")
+    assert {r["dtype"] for r in found} == {"float64", "float32", "bfloat16"}
+    assert len(found) == 3 * len({r["variant"] for r in found}) > 150
+    most = max(r["stack"][0] for r in found if r["dtype"] != "float64")
+    said = re.search(r"up to (\d+) bytes a thread", (Path(__file__).parents[1] / "README.md").read_text())
+    assert most <= int(said[1])
 
 
 def test_every_kernel_is_compiled_for_every_target(reports):

@@ -21,9 +21,9 @@ class Model(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
-def test_compiled_equals_eager():
+def test_compiled_equals_eager(backend, device):
     torch.manual_seed(0)
-    model, x, seed = Model(), oracle.randn(16, 12), torch.tensor(3)
+    model, x, seed = Model().to(device), oracle.randn(16, 12, device=device), torch.tensor(3, device=device)
     compiled = torch.compile(model, backend="aot_eager")
     results = []
     for forward in (model, compiled):

@@ -94,6 +94,18 @@ def test_a_device_that_is_not_the_current_one(backend, leaves, x):
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 60 * GIB, reason="needs 60 GiB"
 )
+@pytest.mark.parametrize("count", [2**31 - 7, 2**31 + 2**20])
+def test_rescaling_about_2_to_the_31_elements(count):
+    x_hat = torch.ones(1, count, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    with fe.backend("triton"):
+        loss = fe.gaussian_nll(x_hat, torch.zeros((), dtype=torch.bfloat16, device="cuda").expand_as(x_hat))
+        (grad,) = torch.autograd.grad(3 * loss, [x_hat])
+    assert (grad == 3).all()
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 60 * GIB, reason="needs 60 GiB"
+)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_more_elements_than_32_bits_count(rows):
     columns = (2**31 + 2**20) // rows + 5

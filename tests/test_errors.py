@@ -92,6 +92,13 @@ CASES = [
             ((T, T), {"grad_scale": ROW}, ValueError, "grad_scale", ("(3,)", "one element")),
             ((T, T), {"grad_scale": KEYS[0]}, TypeError, "grad_scale", ("torch.int64", "torch.float32")),
             ((T, T), {"grad_scale": SCALAR.to("meta")}, ValueError, "grad_scale", ("meta", "cpu")),
+            (
+                (T, T),
+                {"grad_scale": torch.ones((), requires_grad=True)},
+                ValueError,
+                "grad_scale",
+                ("requires grad", "constant"),
+            ),
             ((T, T), {"inplace": True, "reduction": "none"}, ValueError, "inplace", ("True", '"none"')),
         ]
     ),

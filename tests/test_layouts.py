@@ -373,3 +373,14 @@ def test_gradients_of_shared_memory(backend, device):
     out = fe.elbo_loss(same, same, same, same)
     (gradient,) = oracle.grads(out.loss, [same])
     torch.testing.assert_close(gradient, (same + 0.5 * torch.expm1(same)).detach() / 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "wide"), [((2**31 + 8, 1), True), ((1, 2**31 + 8), True), ((3, 2**29), False), ((4, 2**20), False)], ids=str
+)
+def test_counts_beyond_32_bits_are_counted_in_64(shape, wide):
+    launch = pytest.importorskip("fused_elbo.backends.triton.launch")
+    t = torch.empty(shape, device="meta")
+    assert launch.as_rows(t, keep_order=True).wide is wide
+    # A column apart, twice the offsets.
+    assert launch.as_rows(torch.empty(3, 2**30, 2, device="meta")[:, :, 0], keep_order=True).wide

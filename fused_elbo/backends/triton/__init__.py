@@ -1,4 +1,7 @@
-"""The Triton backend: the host's half of the kernels. On a CPU it runs only under Triton's interpreter, for tests."""
+"""The Triton backend: the host's half of the kernels. On a CPU it runs only under Triton's interpreter, for tests.
+
+A compiler is kept out: traced, the launch code would make one graph's tickets everybody's.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ def unavailable(device_type: str) -> str | None:
     return f"Triton compiles for GPUs; on {device_type!r} it needs its interpreter (TRITON_INTERPRET=1 before import)"
 
 
+@torch.compiler.disable
 def rsample_kl(mu: Tensor, logvar: Tensor, noise: Noise | None, *, want_kl: bool) -> tuple[Tensor | None, Tensor | None]:
     if mu.numel() == 0:
         return reference.rsample_kl(mu, logvar, noise, want_kl=want_kl)
@@ -39,7 +43,7 @@ def rsample_kl(mu: Tensor, logvar: Tensor, noise: Noise | None, *, want_kl: bool
     kl = mu.new_empty(mu.shape[0], dtype=dtype) if want_kl else None
     eps = None if noise is None else noise.eps
     rows = as_rows(mu, logvar, eps, z, keep_order=True)
-    stream = _Stream(noise, rows, dtype, mu)
+    stream = _Stream(noise, rows, mu)
     p = plan("latent", rows.rows, rows.columns + stream.shift)
     split = p.split and want_kl
     with _on(mu.device):
@@ -52,11 +56,12 @@ def rsample_kl(mu: Tensor, logvar: Tensor, noise: Noise | None, *, want_kl: bool
             rows.sizes, *rows.strides,
             ROWS=p.row_block, BLOCK=p.block, EVEN=p.even and stream.shift == 0, WIDE=rows.wide,
             SPLIT=split, WIDTH=p.width, COMPUTE=_TRITON_DTYPES[dtype],
-            **stream.constants, **options("rsample_kl"),
+            **stream.constants, **options("rsample_kl", dtype),
         )  # fmt: skip
     return z, kl
 
 
+@torch.compiler.disable
 def rsample_kl_backward(
     g_z: Tensor | None, g_kl: Tensor | None, mu: Tensor, logvar: Tensor, noise: Noise | None, out: Gradients
 ) -> None:
@@ -66,7 +71,7 @@ def rsample_kl_backward(
     eps = None if noise is None else noise.eps
     rows = as_rows(mu, logvar, g_z, eps, out.mu, out.logvar, keep_order=True)
     mu_strides, logvar_strides, g_z_strides, *other_strides = rows.strides
-    stream = _Stream(noise, rows, dtype, mu)
+    stream = _Stream(noise, rows, mu)
     p = plan("latent", rows.rows, rows.columns + stream.shift)
     with _on(mu.device):
         latent_kernels.rsample_kl_backward_kernel[(p.programs,)](
@@ -75,10 +80,11 @@ def rsample_kl_backward(
             rows.rows, rows.columns, p.steps, p.chunks,
             rows.sizes, g_z_strides, mu_strides, logvar_strides, *other_strides,
             ROWS=p.row_block, BLOCK=p.block, EVEN=p.even and stream.shift == 0, WIDE=rows.wide, COMPUTE=_TRITON_DTYPES[dtype],
-            **stream.constants, **options("rsample_kl_backward"),
+            **stream.constants, **options("rsample_kl_backward", dtype),
         )  # fmt: skip
 
 
+@torch.compiler.disable
 def elbo(
     x_hat: Tensor,
     x: Tensor,
@@ -121,11 +127,12 @@ def elbo(
             SPLIT=data_plan.split, WIDTH=data_plan.width,
             LATENT_ROWS=latent_plan.row_block, LATENT_BLOCK=latent_plan.block, LATENT_EVEN=latent_plan.even,
             LATENT_WIDE=latent.wide, LATENT_SPLIT=latent_plan.split, LATENT_WIDTH=latent_plan.width,
-            COMPUTE=_TRITON_DTYPES[dtype], **options("elbo"),
+            COMPUTE=_TRITON_DTYPES[dtype], **options("elbo", dtype),
         )  # fmt: skip
     return loss, nll, kl if mu is None else kl_out
 
 
+@torch.compiler.disable
 def gaussian_nll_backward(
     g_nll: Tensor,
     x_hat: Tensor,
@@ -148,10 +155,11 @@ def gaussian_nll_backward(
             _number(weight * likelihood.precision, dtype, device), g_nll.stride(0),
             data.rows, data.columns, p.steps, p.chunks, data.sizes, *data.strides,
             ROWS=p.row_block, BLOCK=p.block, EVEN=p.even, WIDE=data.wide,
-            COMPUTE=_TRITON_DTYPES[dtype], **options("gaussian_nll_backward"),
+            COMPUTE=_TRITON_DTYPES[dtype], **options("gaussian_nll_backward", dtype),
         )  # fmt: skip
 
 
+@torch.compiler.disable
 def rescale_(gradients: Sequence[Tensor], upstream: Tensor, expected: float | Tensor) -> None:
     gradients = [g for g in gradients if g.numel()]
     # The kernel runs through memory. Only an activation overwritten in place may have holes, which are somebody else's.
@@ -166,14 +174,14 @@ def rescale_(gradients: Sequence[Tensor], upstream: Tensor, expected: float | Te
     with _on(upstream.device):
         loss_kernels.rescale_kernel[(programs, len(gradients))](
             tuple(gradients), counts, upstream, _number(expected, upstream.dtype, upstream.device),
-            BLOCK=RESCALE_BLOCK, COMPUTE=_TRITON_DTYPES[upstream.dtype], **options("rescale"),
+            BLOCK=RESCALE_BLOCK, COMPUTE=_TRITON_DTYPES[upstream.dtype], **options("rescale", upstream.dtype),
         )  # fmt: skip
 
 
 class _Stream:
     """The noise arguments of the latent kernels."""
 
-    def __init__(self, noise: Noise | None, rows: Rows, dtype: torch.dtype, mu: Tensor) -> None:
+    def __init__(self, noise: Noise | None, rows: Rows, mu: Tensor) -> None:
         self.seed = None if noise is None else noise.seed
         first_index, offset = (0, 0) if noise is None else (noise.first_index, noise.offset)
         per_sample = self.seed is not None and self.seed.dim() == 1

@@ -19,7 +19,7 @@ LOG_MARGIN = tl.constexpr(3.4e-7)
 STEP = tl.constexpr(2.772588722239781)
 # Adding 1.5 2^23 rounds to an integer and leaves it in the low bits.
 ROUNDER = tl.constexpr(12582912.0)
-# Beyond, exp(v/2) is 0 or inf in float32, and 2^(2m - 1) would leave the exponent's bits.
+# Beyond, exp(v/2) is inf, or below 1.2e-38 and taken for 0; 2^(2m - 1) would leave the exponent's bits.
 LOWEST = tl.constexpr(-174.6)
 HIGHEST = tl.constexpr(178.0)
 # m is 0 here, so exp(v) - 1 can be put together from parts that are small with v.
@@ -99,12 +99,13 @@ def _box_muller(radius_word, angle_word, dtype: tl.constexpr):
         r = tl.sqrt(-2.0 * tl.log(u))
         sine, cosine = _half_angle((_uniform(angle_word).to(dtype) - 0.5) * PI)
         return r * (2.0 * sine * sine - 1.0), -2.0 * r * sine * cosine
-    # Near u = 1 the hardware's logarithm has no relative accuracy, but 2 (1 - u), a lower bound of -2 ln u, has. They change
-    # over where they differ by the margin, near r = 0.04: r is off by 9e-6 at most there, and by far less elsewhere.
-    r = _sqrt(tl.maximum(2.0 - 2.0 * u, _lg2(u) * -1.3862943611198906 - LOG_MARGIN))
-    # pi - 2 pi u in one step: it spares the rounding of u, which is worth 2e-7 here.
-    angle = angle_word.to(tl.float32) * (-TWO_PI * 2.0**-32) + (PI - TWO_PI * 2.0**-33)
-    return -(r * _cos(angle)), r * _sin(angle)
+    else:
+        # Near u = 1 the hardware's logarithm has no relative accuracy, but 2 (1 - u), a lower bound of -2 ln u, has. They
+        # change over where they differ by the margin, near r = 0.04: r is off by 9e-6 at most there, by far less elsewhere.
+        r = _sqrt(tl.maximum(2.0 - 2.0 * u, _lg2(u) * -1.3862943611198906 - LOG_MARGIN))
+        # pi - 2 pi u in one step: it spares the rounding of u, which is worth 2e-7 here.
+        angle = angle_word.to(tl.float32) * (-TWO_PI * 2.0**-32) + (PI - TWO_PI * 2.0**-33)
+        return -(r * _cos(angle)), r * _sin(angle)
 
 
 @triton.jit
@@ -187,7 +188,8 @@ def _half_exponential(v):
 @triton.jit
 def _excess64(v):
     """expm1(v) - v in float64."""
-    near = tl.clamp(v, -1.0, 1.0)
+    # Not tl.clamp: in float64 it compiles to an instruction that there is not.
+    near = tl.minimum(tl.maximum(v, -1.0), 1.0)
     series = tl.zeros_like(v)
     for k in tl.static_range(SERIES_TERMS + 1, 2, -1):
         series = (series + 1.0) * near / k
@@ -199,8 +201,9 @@ def sigma_and_excess(v):
     """exp(v/2) and expm1(v) - v for a log-variance v."""
     if v.dtype == tl.float64:
         return tl.exp(0.5 * v), _excess64(v)
-    sigma, g, tail = _half_exponential(v)
-    return sigma, tl.where(tl.abs(v) < NEAR, 0.25 * g * g + tail, (sigma * sigma - 1.0) - v)
+    else:
+        sigma, g, tail = _half_exponential(v)
+        return sigma, tl.where(tl.abs(v) < NEAR, 0.25 * g * g + tail, (sigma * sigma - 1.0) - v)
 
 
 @triton.jit
@@ -208,5 +211,6 @@ def sigma_and_expm1(v):
     """exp(v/2) and expm1(v) for a log-variance v."""
     if v.dtype == tl.float64:
         return tl.exp(0.5 * v), _excess64(v) + v
-    sigma, g, _ = _half_exponential(v)
-    return sigma, tl.where(tl.abs(v) < NEAR, 0.25 * g * g + g, sigma * sigma - 1.0)
+    else:
+        sigma, g, _ = _half_exponential(v)
+        return sigma, tl.where(tl.abs(v) < NEAR, 0.25 * g * g + g, sigma * sigma - 1.0)

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,6 +85,45 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     }  # fmt: skip
 
 
+def variants(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """Launches of what ``launches`` leaves out: other shapes, layouts and noise, a part of the gradients."""
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    single = spec.Noise(seed=torch.empty((), dtype=torch.int64, device="meta"))
+    found = {}
+    for name, t, noise in (
+        ("one element", tensor(1, 1), single),
+        ("few columns", tensor(300, 6), single),
+        ("a shard", tensor(64, 2**14), single._replace(first_index=3)),
+        ("far into the stream", tensor(64, 2**14), single._replace(first_index=2**40, offset=2**40)),
+        ("seeds by sample", tensor(64, 2**14), spec.Noise(seed=torch.empty(64, dtype=torch.int64, device="meta"))),
+        ("explicit noise", tensor(64, 2**14), spec.Noise(eps=tensor(64, 2**14))),
+        ("channels_last", tensor(8, 4, 64, 64).to(memory_format=torch.channels_last), single),
+        ("half of packed moments", tensor(8, 8, 64, 64).chunk(2, 1)[0], single),
+        ("four dimensions apart", tensor(8, 6, 10, 12, 14)[:, ::2, ::2, ::2, ::2], single),
+        ("many rows", tensor(2**31 + 8, 1), single),
+        ("long rows", tensor(2, 2**31 + 8), single),
+    ):
+        terms = torch.empty(t.shape[0], dtype=spec.compute_dtype(t), device="meta")
+        grad = torch.empty_like(t)
+        found |= {
+            f"rsample_kl, {name}": lambda t=t, noise=noise: backend.rsample_kl(t, t, noise, want_kl=True),
+            f"rsample_kl_backward, {name}": lambda t=t, noise=noise, terms=terms, grad=grad: backend.rsample_kl_backward(
+                t, terms, t, t, noise, spec.Gradients(mu=grad, logvar=grad)
+            ),
+            f"elbo, {name}": lambda t=t, grad=grad: backend.elbo(
+                t, t, t, t, None, 1.0, spec.Gaussian(), spec.Gradients(x_hat=grad, logvar=grad), weight=1.0
+            ),
+            f"gaussian_nll_backward, {name}": lambda t=t, terms=terms, grad=grad: backend.gaussian_nll_backward(
+                terms, t, t, spec.Gaussian(), spec.Gradients(x=grad), expected=2.0
+            ),
+            f"rescale, {name}": lambda grad=grad, terms=terms: backend.rescale_([grad, terms], terms[0], 2.0),
+        }
+    return found
+
+
 def inspect(dtype: torch.dtype, architecture: int) -> Iterator[Report]:
     """Compile every kernel for sm_``architecture`` and yield what its machine code says."""
     for name, launch in launches(dtype).items():
@@ -132,6 +172,15 @@ def _compile_only(architecture: int) -> Iterator[list[tuple[Any, int]]]:
         triton.runtime.driver._active = previous
 
 
+def _stack(cubin: bytes) -> int:
+    """Bytes of local memory a thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
+    return sum(int(value) for value in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+
+
 def _read(name: str, dtype: torch.dtype, architecture: int, cubin: bytes, tile: int) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -178,7 +227,15 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def main() -> None:
-    """Print the report of every dtype, architecture and kernel as a line of JSON."""
+    """Print the report of every dtype, architecture and kernel as a line of JSON; with ``--variants``, compile those too."""
+    if "--variants" in sys.argv[1:]:
+        for dtype in (torch.float64, *DTYPES):
+            for name, launch in variants(dtype).items():
+                with _compile_only(90) as compiled:
+                    launch()
+                stack = [_stack(kernel.asm["cubin"]) for kernel, _ in compiled]
+                print(json.dumps({"variant": name, "dtype": str(dtype).removeprefix("torch."), "stack": stack}), flush=True)
+        return
     for dtype in DTYPES:
         for architecture in ARCHITECTURES:
             for report in inspect(dtype, architecture):

@@ -35,7 +35,7 @@ def rsample_kl_kernel(
     SPLIT: tl.constexpr, WIDTH: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """z = mu + noise exp(logvar / 2) and kl = sum 1/2 (mu^2 + expm1(logvar) - logvar), each if wanted."""
-    chunk, row = share_of(tl.program_id(0), chunks, ROWS)
+    chunk, row = share_of(tl.program_id(0), chunks, ROWS, WIDE)
     row_mask = row < rows
     element = _first_element(row, columns, first_low, first_high, SEED_PER_SAMPLE)
     shift = 0 if ALIGNED else (element % 4).to(tl.int32)
@@ -84,7 +84,7 @@ def rsample_kl_backward_kernel(
     WIDE_NOISE: tl.constexpr, SEED_PER_SAMPLE: tl.constexpr, ALIGNED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """g_mu = g_z + c mu and g_logvar = (g_z noise exp(logvar / 2) + c expm1(logvar)) / 2, with c the row's ``g_kl``."""
-    chunk, row = share_of(tl.program_id(0), chunks, ROWS)
+    chunk, row = share_of(tl.program_id(0), chunks, ROWS, WIDE)
     row_mask = row < rows
     element = _first_element(row, columns, first_low, first_high, SEED_PER_SAMPLE)
     shift = 0 if ALIGNED else (element % 4).to(tl.int32)

@@ -12,11 +12,11 @@ from torch import Tensor
 # at least two 16-byte loads of each tensor in flight.
 WARPS = 4
 # Left alone, the assembler aims for more blocks on a multiprocessor, and spills a register or two to get there.
-REGISTERS = {"rsample_kl": 128, "rsample_kl_backward": 64, "elbo": 96, "gaussian_nll_backward": 64, "rescale": 64}
+REGISTERS = {"rsample_kl": 128, "rsample_kl_backward": 128, "elbo": 96, "gaussian_nll_backward": 96, "rescale": 96}
 TILE = {"data": 2048, "latent": 2048}
 # (up to so many elements, tiles of a row that one program takes in turn): small work is spread, large work amortises.
 STEPS = ((2**20, 1), (2**24, 2), (2**28, 8), (math.inf, 16))
-RESCALE_BLOCK = 4096
+RESCALE_BLOCK = 2048
 RESCALE_PROGRAMS = 1024
 COMBINE_WIDTH = 1024
 # 16-byte accesses need this many elements of the least power-of-two tile.
@@ -39,13 +39,13 @@ class Rows(NamedTuple):
 
     @property
     def wide(self) -> bool:
-        """Whether column numbers or offsets within a row exceed 32 bits."""
+        """Whether row numbers, column numbers or offsets within a row exceed 32 bits."""
         extents = (
             sum((size - 1) * stride for size, stride in zip(self.sizes, strides[1:], strict=True))
             for strides in self.strides
             if strides is not None
         )
-        return max((self.columns, *extents)) >= WIDE_FROM - 2 * max(TILE.values())
+        return max((self.rows, self.columns, *extents)) >= WIDE_FROM - 2 * max(TILE.values())
 
 
 def as_rows(*tensors: Tensor | None, keep_order: bool) -> Rows:
@@ -106,16 +106,16 @@ def plan(kind: str, rows: int, columns: int) -> Plan:
     return Plan(row_block, block, steps, chunks, -(-rows // row_block) * chunks, even)
 
 
-def options(kernel: str) -> dict[str, int]:
-    """Compiler options of a kernel."""
-    return {"num_warps": WARPS, "maxnreg": REGISTERS[kernel]}
+def options(kernel: str, dtype: torch.dtype) -> dict[str, int]:
+    """Compiler options of a kernel that computes in ``dtype``; float64 takes what registers it needs."""
+    return {"num_warps": WARPS} | ({} if dtype == torch.float64 else {"maxnreg": REGISTERS[kernel]})
 
 
 class Tickets:
     """Zeroed counters, one for each launch that can be in flight; a kernel leaves its counter at zero.
 
-    Launches on one stream follow one another and share one. A captured launch gets one of its own for good, since its graph may
-    be replayed beside anything.
+    Launches on one stream follow one another and share one. A captured launch gets one of its own, since its graph may be
+    replayed beside anything.
     """
 
     SLAB = 1024
@@ -135,6 +135,8 @@ class Tickets:
         if key not in self._by_stream:
             if not self._fresh.get(device):
                 self._fresh[device] = list(torch.zeros(self.SLAB, dtype=torch.int32, device=device).unbind())
+                # Once in 1024 tickets: other streams may be handed these before this one has come to zero them.
+                torch.cuda.current_stream(device).synchronize()
             self._by_stream[key] = self._fresh[device].pop()
         return self._by_stream[key]
 

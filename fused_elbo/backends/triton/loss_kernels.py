@@ -31,7 +31,7 @@ def _nll_program(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One program's share of the reconstruction: its part of a row's sum, or whole rows with the KL that goes with them."""
-    chunk, row = share_of(pid, chunks, ROWS)
+    chunk, row = share_of(pid, chunks, ROWS, WIDE)
     total = tl.zeros([ROWS, BLOCK], COMPUTE)
     for step in range(steps):
         column = columns_of(chunk, step, steps, 0, BLOCK, WIDE)
@@ -59,7 +59,7 @@ def _kl_program(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One program's share of the KL and of its gradient, c times that of the sum."""
-    chunk, row = share_of(pid, chunks, ROWS)
+    chunk, row = share_of(pid, chunks, ROWS, WIDE)
     total = tl.zeros([ROWS, BLOCK], COMPUTE)
     for step in range(steps):
         column = columns_of(chunk, step, steps, 0, BLOCK, WIDE)
@@ -164,7 +164,7 @@ def gaussian_nll_backward_kernel(
     if expected is not None:
         stale = tl.load(g_nll).to(COMPUTE) != number(expected, COMPUTE)
     if stale:
-        chunk, row = share_of(tl.program_id(0), chunks, ROWS)
+        chunk, row = share_of(tl.program_id(0), chunks, ROWS, WIDE)
         c = tl.load(g_nll + row * g_nll_stride, row < rows, other=0.0).to(COMPUTE) * number(factor, COMPUTE)
         for step in range(steps):
             column = columns_of(chunk, step, steps, 0, BLOCK, WIDE)
@@ -196,7 +196,7 @@ def rescale_kernel(tensors, counts, upstream, expected, BLOCK: tl.constexpr, COM
         factor = g / e
         for k in tl.static_range(len(tensors)):
             if tl.program_id(1) == k:
-                for turn in range(tl.cdiv(counts[k], BLOCK * tl.num_programs(0))):
+                for turn in range((counts[k] - 1) // (BLOCK * tl.num_programs(0)) + 1):
                     block = turn * tl.num_programs(0) + tl.program_id(0)
                     index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
                     mask = index < counts[k]

@@ -33,10 +33,12 @@ def pointers(base, row, column, sizes, strides):
 
 
 @triton.jit
-def share_of(pid, chunks, ROWS: tl.constexpr):
+def share_of(pid, chunks, ROWS: tl.constexpr, WIDE: tl.constexpr):
     """Which part of a row, and which rows (ROWS, 1), are program ``pid``'s."""
-    row = (pid // chunks) * ROWS + tl.arange(0, ROWS)[:, None]
-    return pid % chunks, row.to(tl.int64)
+    group = pid // chunks
+    if WIDE:
+        group = group.to(tl.int64)
+    return pid % chunks, (group * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
 
 
 @triton.jit
