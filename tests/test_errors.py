@@ -14,6 +14,7 @@ T = torch.zeros(3, 4)
 OTHER = torch.zeros(3, 5)
 ROW = torch.zeros(3)
 NUMBERS = torch.zeros(3, 4, dtype=torch.int64)
+LEARNED = torch.ones((), requires_grad=True)
 SCALAR = torch.tensor(1.0)
 META = torch.zeros(3, 4, device="meta")
 KEYS = torch.zeros(3, dtype=torch.int64)
@@ -94,7 +95,7 @@ CASES = [
             ((T, T), {"grad_scale": SCALAR.to("meta")}, ValueError, "grad_scale", ("meta", "cpu")),
             (
                 (T, T),
-                {"grad_scale": torch.ones((), requires_grad=True)},
+                {"grad_scale": LEARNED},
                 ValueError,
                 "grad_scale",
                 ("requires grad", "constant"),

@@ -87,17 +87,17 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def _uniform(word):
+def uniform(word):
     return word.to(tl.float32) * 2.0**-32 + 2.0**-33
 
 
 @triton.jit
 def _box_muller(radius_word, angle_word, dtype: tl.constexpr):
     # The angle is centred, so that the argument of sine and cosine stays within pi: both then change sign.
-    u = _uniform(radius_word).to(dtype)
+    u = uniform(radius_word).to(dtype)
     if dtype == tl.float64:
         r = tl.sqrt(-2.0 * tl.log(u))
-        sine, cosine = _half_angle((_uniform(angle_word).to(dtype) - 0.5) * PI)
+        sine, cosine = _half_angle((uniform(angle_word).to(dtype) - 0.5) * PI)
         return r * (2.0 * sine * sine - 1.0), -2.0 * r * sine * cosine
     else:
         # Near u = 1 the hardware's logarithm has no relative accuracy, but 2 (1 - u), a lower bound of -2 ln u, has. They
