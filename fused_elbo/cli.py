@@ -25,8 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_elbo", description="Fused losses for variational autoencoders.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands)
-    _add_check(commands)
-    _add_doctor(commands)
+    _add_plain(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -73,22 +72,22 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_train)
 
 
-def _add_check(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "check",
-        help="compare every backend, operation and dtype with the formulas on this machine",
-        description="Gradient checks, error envelopes, noise and machine code of every backend; exit code 1 if any fails.",
-    )
-    parser.set_defaults(run=_check)
-
-
-def _add_doctor(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "doctor",
-        help="what is installed, which backend runs where, and why one does not",
-        description="Versions, devices and backends; exit code 1 if the backend asked for by the environment cannot run.",
-    )
-    parser.set_defaults(run=_doctor)
+def _add_plain(commands: argparse._SubParsersAction) -> None:
+    for name, run, text, description in (
+        (
+            "check",
+            _check,
+            "compare every backend, operation and dtype with the formulas on this machine",
+            "Gradient checks, error envelopes, noise and machine code of every backend; exit code 1 if any fails.",
+        ),
+        (
+            "doctor",
+            _doctor,
+            "what is installed, which backend runs where, and why one does not",
+            "Versions, devices and backends; exit code 1 if the backend that the environment asks for cannot run.",
+        ),
+    ):
+        commands.add_parser(name, help=text, description=description).set_defaults(run=run)
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -92,3 +92,31 @@ def every(interpreted):
         return run
 
     return decorate
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """For trainings so small that threads cost more than they bring, here and in subprocesses."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> str:
+    """A folder with a few of the real digits as IDX files."""
+    import training_runs
+
+    folder = tmp_path_factory.mktemp("digits")
+    training_runs.write_digits(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    """A short training on those digits."""
+    from fused_elbo.vae import TrainConfig
+
+    return TrainConfig(epochs=2, data=data, device="cpu", out=str(tmp_path / "run"), quiet=True)

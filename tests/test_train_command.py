@@ -1,0 +1,168 @@
+"""The command ``train``: its errors, its help, Ctrl-C, and both losses side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+
+import matplotlib.image
+import pytest
+import torch
+from training_runs import (
+    RUN_FILES,
+    STEPS_PER_EPOCH,
+    assert_same_bits,
+    checkpoint,
+    command,
+)
+
+from fused_elbo import cli
+from fused_elbo.vae import RunError, TrainConfig, train
+from fused_elbo.vae.comparison import compare, summary, table
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["train", "--model", "gan"], "invalid choice: 'gan'"),
+        (["train", "--epochs", "many"], "invalid int value: 'many'"),
+        (["train", "--resume", "--overwrite"], "not allowed with"),
+    ],
+)
+def test_command_line_errors_of_argparse(args, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(args)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data", "nowhere"], "no digits: looked for"),
+        (["--epochs", "0"], "--epochs: got 0"),
+        (["--sigma", "nan"], "--sigma: got nan"),
+        (["--device", "abacus"], "--device: got 'abacus'"),
+        (["--resume"], "--resume: there is no checkpoint.pt"),
+        (["--loss", "both", "--resume"], "--resume: there is no checkpoint.pt"),
+    ],
+)
+def test_command_line_errors_are_one_line(args, message, tmp_path, capsys):
+    assert cli.main(["train", "--out", str(tmp_path / "run"), "--quiet", *args]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("python -m fused_elbo train: error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_help_tells_every_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in TrainConfig.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in text
+    assert text.count("(default:") == text.count("\n  --")
+
+
+def test_the_command_line_takes_the_options_of_the_run_that_it_resumes(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ["--epochs", "1", "--latent-dim", "3", "--lr", "0.002", "--device", "cpu"]
+    assert cli.main(["train", "--data", data, "--out", str(out), *options]) == 0
+    captured = capsys.readouterr()
+    assert "epoch 1/1: ELBO" in captured.out
+    assert f"wrote {out}" in captured.out
+    assert "step/s" not in captured.err
+    assert cli.main(["train", "--out", str(out), "--resume", "--epochs", "2", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    stored = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert (stored["epochs_done"], stored["config"]["latent_dim"], stored["config"]["lr"]) == (2, 3, 0.002)
+    assert cli.main(["train", "--out", str(out), "--resume", "--lr", "0.1"]) == 2
+    assert "--lr got 0.1, the checkpoint has 0.002" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_a_run_that_can_be_resumed(data, tmp_path):
+    out = tmp_path / "run"
+    process = command("train", "--data", data, "--out", out, "--epochs", 10000, "--device", "cpu")
+    deadline = time.monotonic() + 60
+    while not (out / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert f"python -m fused_elbo train --out {out} --resume" in err
+    assert "Traceback" not in err
+
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    steps = state["epochs_done"] * STEPS_PER_EPOCH + state["position"]
+    assert len(state["metrics"]["steps"]["loss"]) == steps > 0
+    assert len(json.loads((out / "metrics.json").read_text())["steps"]["loss"]) == steps
+    epochs = state["epochs_done"] + 1
+    config = TrainConfig(data=data, device="cpu", out=str(out), epochs=epochs, resume=True, quiet=True)
+    assert train(config)["finished"]
+    whole = replace(config, resume=False, out=f"{out}-whole")
+    train(whole)
+    assert_same_bits(checkpoint(config), checkpoint(whole))
+
+
+def test_both_losses_side_by_side(data, tmp_path):
+    out = tmp_path / "both"
+    args = ("train", "--loss", "both", "--data", data, "--epochs", 2, "--device", "cpu", "--out", out)
+    process = command(*args, env={**os.environ, "FUSED_ELBO_BACKEND": "reference"})
+    text, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert {path.name for path in out.iterdir()} == {"fused", "eager", "comparison.json", "comparison.png"}
+    for loss in ("fused", "eager"):
+        assert {path.name for path in (out / loss).iterdir()} == RUN_FILES
+        assert json.loads((out / loss / "metrics.json").read_text())["config"]["loss"] == loss
+    for part in (
+        "fused backend fused_elbo.reference",
+        "plain-PyTorch fallback",
+        "held-out ELBO, nats, epoch 2",
+        "median step, ms",
+        "peak memory, MiB",
+        "training seconds",
+    ):
+        assert part in text
+    content = json.loads((out / "comparison.json").read_text())
+    assert max(map(abs, content["heldout_elbo_difference"])) < 1e-2
+    assert content["largest_step_difference"] < 1e-2
+    assert matplotlib.image.imread(out / "comparison.png").std() > 0.05
+
+    with pytest.raises(RunError, match="already holds a run"):
+        compare(TrainConfig(data=data, quiet=True), out)
+
+
+def test_ctrl_c_of_a_comparison_reaches_the_training(data, tmp_path):
+    out = tmp_path / "both"
+    process = command("train", "--loss", "both", "--data", data, "--epochs", 10000, "--device", "cpu", "--out", out)
+    deadline = time.monotonic() + 60
+    while not (out / "fused" / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert f"--loss both --out {out} --resume" in err
+    assert "Traceback" not in err
+    assert torch.load(out / "fused" / "checkpoint.pt", weights_only=True)["metrics"]["steps"]["loss"]
+    assert not (out / "eager").exists()
+
+
+def test_the_table_claims_a_speed_only_for_a_fused_backend():
+    run = {
+        "environment": {"device": "cuda", "device_name": "GPU", "backend": "fused_elbo.backends.triton"},
+        "epochs": [{"heldout": {"elbo": 1.0}, "seconds": 2.0}],
+        "steps": {"loss": [1.0], "ms": [3.0]},
+        "peak_memory_mib": None,
+        "peak_memory_meaning": "unknown",
+    }
+    text = table(summary({"fused": run, "eager": run}))
+    assert "fallback" not in text
+    assert "n/a" in text
