@@ -38,7 +38,6 @@ class Result:
     """Outcome for one backend, operation and dtype: ``worst`` is the largest error as a share of what is allowed."""
 
     backend: str
-    device: str
     operation: str
     dtype: torch.dtype
     worst: float
@@ -133,7 +132,7 @@ def operations() -> dict[str, Operation]:
 def check(backend: str, device: torch.device, operation: str) -> Iterator[Result]:
     """One operation (or "noise") of one backend, in every dtype."""
     for dtype in DTYPES:
-        result = Result(backend, device.type, operation, dtype, 0.0)
+        result = Result(backend, operation, dtype, 0.0)
         with ops.backend(backend):
             if operation == "noise":
                 if dtype not in accuracy.NOISE:

@@ -72,12 +72,8 @@ def rsample_kl(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
     """
-    mu, logvar, chunk_dim = arguments.latent(mu, logvar, chunk_dim)
-    if not sample:
-        mean, _ = halves(mu, logvar, chunk_dim)
-        return LatentSample(mean, _latent(mu, logvar, chunk_dim, want_kl=True)[1])
-    source = _noise(halves(mu, logvar, chunk_dim)[0], seed, generator, eps, first_index, offset)
-    return LatentSample(*_latent(mu, logvar, chunk_dim, *source, want_kl=True))
+    source = (seed, generator, eps, first_index, offset)
+    return LatentSample(*_sample(mu, logvar, chunk_dim, sample, source, want_kl=True))
 
 
 def reparameterize(
@@ -93,11 +89,8 @@ def reparameterize(
     offset: int = 0,
 ) -> Tensor:
     """The sample ``z`` of ``rsample_kl`` without the KL; arguments and errors are the same."""
-    mu, logvar, chunk_dim = arguments.latent(mu, logvar, chunk_dim)
-    mean, _ = halves(mu, logvar, chunk_dim)
-    if not sample:
-        return mean
-    return _latent(mu, logvar, chunk_dim, *_noise(mean, seed, generator, eps, first_index, offset), want_kl=False)[0]
+    source = (seed, generator, eps, first_index, offset)
+    return _sample(mu, logvar, chunk_dim, sample, source, want_kl=False)[0]
 
 
 def kl_divergence(mu: Tensor, logvar: Tensor | None = None, *, chunk_dim: int | None = None, reduction: str = "mean") -> Tensor:
@@ -262,6 +255,23 @@ def _elbo(
         inplace,
         ops.select(x_hat.device),
     )[:3]
+
+
+def _sample(
+    mu: Tensor,
+    logvar: Tensor | None,
+    chunk_dim: int | None,
+    sample: bool,
+    source: tuple[int | Tensor | None, torch.Generator | None, Tensor | None, int, int],
+    *,
+    want_kl: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``z``, the mean itself where no sample is wanted, and the KL if it is."""
+    mu, logvar, chunk_dim = arguments.latent(mu, logvar, chunk_dim)
+    mean, _ = halves(mu, logvar, chunk_dim)
+    if sample:
+        return _latent(mu, logvar, chunk_dim, *_noise(mean, *source), want_kl=want_kl)
+    return mean, _latent(mu, logvar, chunk_dim, want_kl=True)[1] if want_kl else None
 
 
 def _latent(

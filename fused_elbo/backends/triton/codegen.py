@@ -172,22 +172,24 @@ def _compile_only(architecture: int) -> Iterator[list[tuple[Any, int]]]:
         triton.runtime.driver._active = previous
 
 
-def _stack(cubin: bytes) -> int:
-    """Bytes of local memory a thread."""
+def _usage(path: Path) -> dict[str, int]:
+    """Registers (REG) and bytes of local memory (STACK, LOCAL) of a thread."""
+    printed = _tool("cuobjdump", "--dump-resource-usage", str(path))
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
+
+
+@contextlib.contextmanager
+def _file(cubin: bytes) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
-    return sum(int(value) for value in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+        yield path
 
 
 def _read(name: str, dtype: torch.dtype, architecture: int, cubin: bytes, tile: int) -> Report:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
+    with _file(cubin) as path:
+        numbers = _usage(path)
         code = _tool("nvdisasm", "--print-code", str(path))
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     labels: dict[str, int] = {}
     instructions: list[str] = []
     for line in code.splitlines():
@@ -233,8 +235,11 @@ def main() -> None:
             for name, launch in variants(dtype).items():
                 with _compile_only(90) as compiled:
                     launch()
-                stack = [_stack(kernel.asm["cubin"]) for kernel, _ in compiled]
-                print(json.dumps({"variant": name, "dtype": str(dtype).removeprefix("torch."), "stack": stack}), flush=True)
+                ((kernel, _),) = compiled
+                with _file(kernel.asm["cubin"]) as path:
+                    usage = _usage(path)
+                record = {"variant": name, "dtype": str(dtype).removeprefix("torch."), "stack": usage["STACK"] + usage["LOCAL"]}
+                print(json.dumps(record), flush=True)
         return
     for dtype in DTYPES:
         for architecture in ARCHITECTURES:

@@ -8,17 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Elements of a tile, by kernel: 128 threads with 16 (data) or 8 (latent, which needs the registers) elements each,
-# at least two 16-byte loads of each tensor in flight.
+from .tiles import COMBINE_TILE
+
 WARPS = 4
 # Left alone, the assembler aims for more blocks on a multiprocessor, and spills a register or two to get there.
 REGISTERS = {"rsample_kl": 128, "rsample_kl_backward": 128, "elbo": 96, "gaussian_nll_backward": 96, "rescale": 96}
+# Elements of a tile: 16 a thread, so at least two 16-byte loads of each tensor in flight.
 TILE = {"data": 2048, "latent": 2048}
 # (up to so many elements, tiles of a row that one program takes in turn): small work is spread, large work amortises.
 STEPS = ((2**20, 1), (2**24, 2), (2**28, 8), (math.inf, 16))
 RESCALE_BLOCK = 2048
 RESCALE_PROGRAMS = 1024
-COMBINE_WIDTH = 1024
+COMBINE_WIDTH = COMBINE_TILE.value
 # 16-byte accesses need this many elements of the least power-of-two tile.
 SMALLEST_BLOCK = 16
 
@@ -126,7 +127,8 @@ class Tickets:
 
     def take(self, device: torch.device) -> Tensor:
         if device.type != "cuda":
-            return self._by_stream.setdefault((device, 0), torch.zeros((), dtype=torch.int32, device=device))
+            # Interpreted, a launch that raised would leave its counter where it stopped.
+            return torch.zeros((), dtype=torch.int32, device=device)
         if torch.cuda.is_current_stream_capturing():
             fresh = self._fresh.get(device)
             # In a capture even zeroing would be captured, so a slab that ran out costs the graph a memset.

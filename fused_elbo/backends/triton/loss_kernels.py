@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import sigma_and_excess, sigma_and_expm1
-from .tiles import arrive, columns_of, combine, mask_of, number, pointers, share_of
+from .tiles import COMBINE_TILE, arrive, columns_of, combine, mask_of, number, pointers, share_of
 
 
 @triton.jit
@@ -128,12 +128,12 @@ def elbo_kernel(
             if kl_in is not None:
                 total += beta * _strided_sum(kl_in, kl_in_stride, rows)
         else:
-            total = combine(partials, None, 1, programs, 0.0, 1024)
+            total = combine(partials, None, 1, programs, 0.0, COMBINE_TILE)
         if mu is not None:
             if LATENT_SPLIT:
                 total += beta * combine(partials + programs, kl, rows, latent_chunks, 0.0, LATENT_WIDTH)
             else:
-                total += beta * combine(partials + programs, None, 1, tl.num_programs(0) - programs, 0.0, 1024)
+                total += beta * combine(partials + programs, None, 1, tl.num_programs(0) - programs, 0.0, COMBINE_TILE)
         if loss is not None:
             total += constant.to(tl.float64) * rows
             tl.store(loss, (number(weight, tl.float64) * total).to(loss.dtype.element_ty))
@@ -143,9 +143,9 @@ def elbo_kernel(
 
 @triton.jit
 def _strided_sum(values, stride, count):
-    total = tl.zeros([1024], tl.float64)
-    for first in range(0, count, 1024):
-        index = first + tl.arange(0, 1024)
+    total = tl.zeros([COMBINE_TILE], tl.float64)
+    for first in range(0, count, COMBINE_TILE):
+        index = first + tl.arange(0, COMBINE_TILE)
         total += tl.load(values + index.to(tl.int64) * stride, index < count, other=0.0).to(tl.float64)
     return tl.sum(total)
 
@@ -170,21 +170,9 @@ def gaussian_nll_backward_kernel(
             column = columns_of(chunk, step, steps, 0, BLOCK, WIDE)
             mask = mask_of(row, rows, column, columns, False, EVEN)
             _residual(
-                x_hat,
-                x,
-                g_x_hat,
-                g_x,
-                row,
-                column,
-                mask,
-                c,
-                sizes,
-                x_hat_strides,
-                x_strides,
-                g_x_hat_strides,
-                g_x_strides,
-                COMPUTE,
-            )
+                x_hat, x, g_x_hat, g_x, row, column, mask, c,
+                sizes, x_hat_strides, x_strides, g_x_hat_strides, g_x_strides, COMPUTE,
+            )  # fmt: skip
 
 
 @triton.jit

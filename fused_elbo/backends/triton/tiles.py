@@ -8,6 +8,9 @@ alone: same inputs, same bits.
 import triton
 import triton.language as tl
 
+# Elements of the tile in which partial sums are added up.
+COMBINE_TILE = tl.constexpr(1024)
+
 
 @triton.jit
 def number(value, dtype: tl.constexpr):
@@ -75,7 +78,7 @@ def arrive(ticket, expected):
 @triton.jit
 def combine(partials, out, rows, columns, shift, WIDTH: tl.constexpr):
     """Total of ``partials`` (rows, columns), in float64 and in a fixed order; ``out`` gets each row's sum plus ``shift``."""
-    HEIGHT: tl.constexpr = 1024 // WIDTH
+    HEIGHT: tl.constexpr = COMBINE_TILE // WIDTH
     total = tl.zeros([HEIGHT], tl.float64)
     for first_row in range(0, rows, HEIGHT):
         row = first_row + tl.arange(0, HEIGHT)
