@@ -84,6 +84,9 @@ def scalar(name: str, value: object, other_name: str, other: Tensor) -> float | 
 
 
 def number(name: str, value: object) -> float:
+    # To ask an abstract class takes 0.4 us.
+    if type(value) is float:
+        return value
     if not isinstance(value, Real):
         raise TypeError(f"{name}: got {_kind(value)}, takes a float")
     return float(value)
@@ -91,7 +94,7 @@ def number(name: str, value: object) -> float:
 
 def positive(name: str, value: object) -> float:
     value = number(name, value)
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name}: got {value}, takes a positive, finite float")
     return value
 

@@ -16,77 +16,92 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 
 from . import reference
 from .spec import Gaussian, Gradients, Noise, compute_dtype
 
 
-def halves(moments: Tensor, logvar: Tensor | None, chunk_dim: int) -> tuple[Tensor, Tensor]:
-    """``mu, logvar`` as given, or, where ``logvar`` is None, as views of the two halves of packed moments."""
-    return (moments, logvar) if logvar is not None else tuple(moments.chunk(2, chunk_dim))
+def halves(moments: Tensor | None, logvar: Tensor | None, chunk_dim: int | None) -> tuple[Tensor | None, Tensor | None]:
+    """``mu, logvar`` as given, or as views of the two halves of moments that are packed on ``chunk_dim``, which is not 0."""
+    return moments.chunk(2, chunk_dim) if chunk_dim and moments is not None else (moments, logvar)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)`` at a third of its cost."""
+    # Torch's apply first binds the arguments to forward's signature, for keywords and defaults that no call here has: about
+    # 20 us, more than all the rest of a small batch's call. Below is what it does then, where a tensor that outlived its
+    # transform stands for what it wraps. Transforms at work need more of it, and Dynamo knows it by name.
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_dynamo_compiling():
+        return function.apply(*args)
+    args = [unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args]
+    return super(torch.autograd.Function, function).apply(*args)
 
 
 class RsampleKL(torch.autograd.Function):
     """``(z, kl)`` of a diagonal Gaussian posterior; the noise is regenerated in the backward, never stored.
 
-    ``apply(mu, logvar, chunk_dim, noise, seed, eps, want_kl, backend)``: ``logvar`` is None where ``mu`` holds packed moments;
-    ``noise`` (a ``spec.Noise`` without tensors) says where the stream starts, ``seed`` or ``eps`` where it comes from; with
-    neither there is no sample. ``fused_elbo.rsample_kl`` checks its arguments, this does not.
+    ``apply(mu, logvar, seed, eps, (first_index, offset, chunk_dim, want_kl, backend))``: ``mu`` holds packed moments where
+    ``chunk_dim`` is not 0; the noise is that of ``seed`` from ``first_index`` and ``offset`` on, or ``eps``, and with neither
+    there is no sample. ``fused_elbo.rsample_kl`` checks its arguments, this does not.
     """
 
     @staticmethod
     def forward(
         mu: Tensor,
         logvar: Tensor | None,
-        chunk_dim: int,
-        noise: Noise,
         seed: Tensor | None,
         eps: Tensor | None,
-        want_kl: bool,
-        backend: ModuleType,
+        options: tuple[int, int, int, bool, ModuleType],
     ) -> tuple[Tensor | None, Tensor | None]:
-        return backend.rsample_kl(*halves(mu, logvar, chunk_dim), _with_source(noise, seed, eps), want_kl=want_kl)
+        first_index, offset, chunk_dim, want_kl, backend = options
+        m, lv = halves(mu, logvar, chunk_dim)
+        return backend.rsample_kl(m, lv, _noise(seed, eps, first_index, offset), want_kl=want_kl)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        mu, logvar, ctx.chunk_dim, ctx.noise, seed, eps, _, ctx.backend = inputs
+        *tensors, ctx.options = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mu, logvar, seed, eps)
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, g_z: Tensor | None, g_kl: Tensor | None) -> tuple:
-        mu, logvar, seed, eps = ctx.saved_tensors
-        noise = _with_source(ctx.noise, seed, eps)
-        need_mu, need_logvar, *_, need_eps = ctx.needs_input_grad[:6]
         if g_z is None and g_kl is None:
-            return (None,) * 8
+            return (None,) * 5
+        mu, logvar, seed, eps = ctx.saved_tensors
+        first_index, offset, chunk_dim, _, backend = ctx.options
+        noise = _noise(seed, eps, first_index, offset)
 
         if torch.is_grad_enabled():
 
             def formula(mu: Tensor, logvar: Tensor | None, eps: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-                m, lv = halves(mu, logvar, ctx.chunk_dim)
+                m, lv = halves(mu, logvar, chunk_dim)
                 normals = None if noise is None else reference.draw(m, noise._replace(eps=eps))
                 z = None if noise is None else reference.reparameterize(m, lv, normals)
                 return z, reference.kl_divergence(m, lv)
 
             g_mu, g_logvar, g_eps = _differentiable(formula, (mu, logvar, eps), (g_z, g_kl))
-            return g_mu, g_logvar, None, None, None, g_eps, None, None
+            return g_mu, g_logvar, None, g_eps, None
 
-        latent, out = _latent_buffers(mu, logvar, ctx.chunk_dim, need_mu, need_logvar)
-        m, lv = halves(mu, logvar, ctx.chunk_dim)
-        if out.mu is not None or out.logvar is not None:
-            ctx.backend.rsample_kl_backward(g_z, g_kl, m, lv, noise, out)
+        need_mu, need_logvar, _, need_eps, _ = ctx.needs_input_grad
+        g_mu = torch.empty_like(mu) if need_mu else None
+        g_logvar = torch.empty_like(logvar) if need_logvar else None
+        m, lv = halves(mu, logvar, chunk_dim)
+        if need_mu or need_logvar:
+            out = Gradients(None, None, *halves(g_mu, g_logvar, chunk_dim))
+            backend.rsample_kl_backward(g_z, g_kl, m, lv, noise, out)
         g_eps = (g_z * torch.exp(0.5 * lv)).to(eps.dtype) if need_eps and g_z is not None else None
-        return *latent, None, None, None, g_eps, None, None
+        return g_mu, g_logvar, None, g_eps, None
 
 
 class ELBO(torch.autograd.Function):
     """``(loss, nll, kl, *gradients)`` of the negative ELBO; the gradients are this Function's own and not differentiable.
 
-    ``apply(x_hat, x, mu, logvar, kl, beta, grad_scale, chunk_dim, likelihood, weight, needs, inplace, backend)``: the KL is
-    that of ``mu, logvar`` (``logvar`` None: packed moments), or ``kl`` (N,), or absent. ``weight`` is 1/N, 1 or None for
-    reduction "mean", "sum", "none"; ``needs`` tells which of (x_hat, x, mu, logvar, kl) need a gradient.
-    ``fused_elbo.elbo_loss`` checks its arguments, this does not.
+    ``apply(x_hat, x, mu, logvar, kl, beta, grad_scale, (chunk_dim, likelihood, weight, needs, inplace, backend))``: the KL is
+    that of ``mu, logvar`` (packed moments in ``mu`` where ``chunk_dim`` is neither 0 nor None), or ``kl`` (N,), or absent.
+    ``weight`` is 1/N, 1 or None for reduction "mean", "sum", "none"; ``needs`` tells which of (x_hat, x, mu, logvar, kl) need a
+    gradient; ``inplace`` takes a weight and an x_hat that needs one. ``fused_elbo.elbo_loss`` checks its arguments, this does
+    not.
     """
 
     @staticmethod
@@ -98,44 +113,41 @@ class ELBO(torch.autograd.Function):
         kl: Tensor | None,
         beta: float | Tensor,
         grad_scale: float | Tensor,
-        chunk_dim: int,
-        likelihood: Gaussian,
-        weight: float | None,
-        needs: tuple[bool, bool, bool, bool, bool],
-        inplace: bool,
-        backend: ModuleType,
+        options: tuple[int | None, Gaussian, float | None, Sequence[bool], bool, ModuleType],
     ) -> tuple[Tensor | None, ...]:
-        latent, out = (None, None), Gradients()
+        chunk_dim, likelihood, weight, needs, inplace, backend = options
+        g_x_hat = g_x = g_mu = g_logvar = g_kl = None
         if weight is not None:
-            if mu is not None:
-                latent, out = _latent_buffers(mu, logvar, chunk_dim, needs[2], needs[3])
-            g_kl = torch.empty((), dtype=compute_dtype(x_hat, x, kl), device=x_hat.device) if needs[4] else None
-            g_x_hat = (x_hat if inplace else torch.empty_like(x_hat)) if needs[0] else None
-            out = out._replace(x_hat=g_x_hat, x=torch.empty_like(x) if needs[1] else None, kl=g_kl)
-        m, lv = (None, None) if mu is None else halves(mu, logvar, chunk_dim)
+            need_x_hat, need_x, need_mu, need_logvar, need_kl = needs
+            g_x_hat = x_hat if inplace else torch.empty_like(x_hat) if need_x_hat else None
+            g_x = torch.empty_like(x) if need_x else None
+            g_mu = torch.empty_like(mu) if need_mu else None
+            g_logvar = torch.empty_like(logvar) if need_logvar else None
+            g_kl = torch.empty((), dtype=compute_dtype(x_hat, x, kl), device=x_hat.device) if need_kl else None
+        m, lv = halves(mu, logvar, chunk_dim)
+        out = Gradients(g_x_hat, g_x, *halves(g_mu, g_logvar, chunk_dim), g_kl)
         loss, nll, kl_out = backend.elbo(x_hat, x, m, lv, kl, beta, likelihood, out, weight=weight, grad_scale=grad_scale)
         if loss is None:
             loss = reference.total(nll, kl_out, beta, None)
-        if inplace and out.x_hat is not None:
+        if inplace:
             # Whoever saved x_hat must learn that it is gone. An output may not be an input too, so it is not returned.
             torch.autograd.graph.increment_version(x_hat)
-            out = out._replace(x_hat=None)
-        return loss, nll, kl_out if mu is not None else None, out.x_hat, out.x, *latent, out.kl
+            g_x_hat = None
+        gradients = [g for g in (g_x_hat, g_x, g_mu, g_logvar, g_kl) if g is not None]
+        return loss, nll, None if mu is None else kl_out, *gradients
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x_hat, x, mu, logvar, kl, beta, grad_scale, *options = inputs
-        ctx.chunk_dim, ctx.likelihood, ctx.weight, ctx.needs, inplace, ctx.backend = options
+        x_hat, x, mu, logvar, kl, beta, grad_scale, options = inputs
+        _, _, _, _, inplace, _ = options
         _, _, kl_out, *gradients = output
-        ctx.mark_non_differentiable(*(g for g in gradients if g is not None))
+        ctx.mark_non_differentiable(*gradients)
         ctx.set_materialize_grads(False)
-        ctx.inplace = inplace and ctx.needs[0] and ctx.weight is not None
-        if ctx.inplace:
-            gradients[0] = x_hat.detach()
-        ctx.beta, ctx.grad_scale = beta, grad_scale
-        ctx.row_weight = 1.0 if ctx.weight is None else ctx.weight
+        ctx.beta, ctx.grad_scale, ctx.options = beta, grad_scale, options
+        if inplace:
+            gradients.insert(0, x_hat.detach())
         ctx.save_for_backward(
-            None if ctx.inplace else x_hat,
+            None if inplace else x_hat,
             x,
             mu,
             logvar,
@@ -147,37 +159,41 @@ class ELBO(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_loss: Tensor | None, g_nll: Tensor | None, g_kl: Tensor | None, *_: None) -> tuple:
+        if g_loss is None and g_nll is None and g_kl is None:
+            return (None,) * 8
         x_hat, x, mu, logvar, kl, beta, grad_scale, *baked = ctx.saved_tensors
+        _, _, weight, needs, inplace, backend = ctx.options
         beta = ctx.beta if beta is None else beta
         grad_scale = ctx.grad_scale if grad_scale is None else grad_scale
-        if g_loss is None and g_nll is None and g_kl is None:
-            return (None,) * 13
         if torch.is_grad_enabled():
             return ELBO._double_backward(ctx, (x_hat, x, mu, logvar, kl, beta), (g_loss, g_nll, g_kl))
 
         g_beta = None
         if ctx.needs_input_grad[5] and g_loss is not None and kl is not None:
-            g_beta = (g_loss * ctx.row_weight * kl).sum().reshape(beta.shape)
+            rows, factor = _rows(g_loss, weight, None, kl.shape[0])
+            g_beta = (rows * factor * kl).sum().reshape(beta.shape)
 
-        foreseen = ctx.weight is not None and g_nll is None and g_kl is None
+        rest = iter(baked)
+        gradients = [next(rest, None) if needed else None for needed in needs]
+        foreseen = weight is not None and g_nll is None and g_kl is None
         kept = torch._C._autograd._get_current_graph_task_keep_graph()
-        underflows = not ctx.inplace and any(g is not None and g.dtype == torch.float16 for g in baked)
+        underflows = not inplace and torch.float16 in [g.dtype for g in baked]
         if foreseen and not underflows:
             if kept:
                 factor = g_loss / grad_scale
-                baked = [None if g is None else g * factor for g in baked]
+                gradients = [None if g is None else g * factor for g in gradients]
             else:
-                ctx.backend.rescale_([g for g in baked if g is not None], g_loss, grad_scale)
-            *gradients, g_kl_in = baked
-            gradients.append(None if g_kl_in is None else g_kl_in.expand(kl.shape))
+                backend.rescale_(baked, g_loss, grad_scale)
+            if needs[4]:
+                gradients[4] = gradients[4].expand_as(kl)
         else:
-            reuse = (baked, grad_scale) if foreseen and not kept else None
-            gradients = ELBO._recomputed(ctx, (x_hat, x, mu, logvar), beta, (g_loss, g_nll, g_kl), reuse)
-        return *gradients, g_beta, *(None,) * 7
+            reuse = (gradients, grad_scale) if foreseen and not kept else None
+            gradients = ELBO._recomputed(ctx.options, (x_hat, x, mu, logvar), beta, (g_loss, g_nll, g_kl), reuse)
+        return *gradients, g_beta, None, None
 
     @staticmethod
     def _recomputed(
-        ctx: Any,
+        options: tuple,
         inputs: Sequence[Tensor | None],
         beta: float | Tensor,
         upstream: Sequence[Tensor | None],
@@ -187,72 +203,61 @@ class ELBO(torch.autograd.Function):
 
         ``reuse`` holds buffers that were filled for an expected upstream gradient, and that gradient.
         """
+        chunk_dim, likelihood, loss_weight, needs, inplace, backend = options
         x_hat, x, mu, logvar = inputs
         g_loss, g_nll, g_kl = upstream
-        if ctx.inplace:
+        if inplace:
             raise RuntimeError(
                 "elbo_loss: inplace=True has overwritten x_hat with the gradient of loss, so out.nll and out.kl cannot be "
                 "differentiated; call backward on out.loss alone, or leave inplace=False"
             )
         g_x_hat = g_x = g_mu = g_logvar = g_kl_in = None
-        rows, weight = _rows(g_loss, ctx.row_weight, g_nll, x.shape[0])
-        if rows is not None and (ctx.needs[0] or ctx.needs[1]):
+        rows, weight = _rows(g_loss, loss_weight, g_nll, x.shape[0])
+        if rows is not None and (needs[0] or needs[1]):
             expected = None
             if reuse is not None:
                 (g_x_hat, g_x, *_), expected = reuse
             else:
-                g_x_hat = torch.empty_like(x_hat) if ctx.needs[0] else None
-                g_x = torch.empty_like(x) if ctx.needs[1] else None
-            ctx.backend.gaussian_nll_backward(
-                rows, x_hat, x, ctx.likelihood, Gradients(g_x_hat, g_x), weight=weight, expected=expected
-            )
-        rows, weight = _rows(None if g_loss is None else g_loss * beta, ctx.row_weight, g_kl, x.shape[0])
-        if rows is not None and any(ctx.needs[2:]):
+                g_x_hat = torch.empty_like(x_hat) if needs[0] else None
+                g_x = torch.empty_like(x) if needs[1] else None
+            out = Gradients(g_x_hat, g_x)
+            backend.gaussian_nll_backward(rows, x_hat, x, likelihood, out, weight=weight, expected=expected)
+        rows, weight = _rows(None if g_loss is None else g_loss * beta, loss_weight, g_kl, x.shape[0])
+        if rows is not None and any(needs[2:]):
             rows = rows * weight
-            g_kl_in = rows if ctx.needs[4] else None
+            g_kl_in = rows if needs[4] else None
             if mu is not None:
-                (g_mu, g_logvar), out = _latent_buffers(mu, logvar, ctx.chunk_dim, ctx.needs[2], ctx.needs[3])
-                ctx.backend.rsample_kl_backward(None, rows, *halves(mu, logvar, ctx.chunk_dim), None, out)
+                g_mu = torch.empty_like(mu) if needs[2] else None
+                g_logvar = torch.empty_like(logvar) if needs[3] else None
+                m, lv = halves(mu, logvar, chunk_dim)
+                out = Gradients(None, None, *halves(g_mu, g_logvar, chunk_dim))
+                backend.rsample_kl_backward(None, rows, m, lv, None, out)
         return [g_x_hat, g_x, g_mu, g_logvar, g_kl_in]
 
     @staticmethod
     def _double_backward(ctx: Any, inputs: Sequence[Any], upstream: Sequence[Tensor | None]) -> tuple:
-        if ctx.inplace:
+        chunk_dim, likelihood, weight, _, inplace, _ = ctx.options
+        if inplace:
             raise RuntimeError("elbo_loss: inplace=True has overwritten x_hat, so there is no double backward; leave it False")
 
         def formula(
             x_hat: Tensor, x: Tensor, mu: Tensor | None, logvar: Tensor | None, kl: Tensor | None, beta: float | Tensor
         ) -> tuple[Tensor, Tensor, Tensor | None]:
-            nll = reference.gaussian_nll(x_hat, x, ctx.likelihood)
+            nll = reference.gaussian_nll(x_hat, x, likelihood)
             if mu is not None:
-                kl = reference.kl_divergence(*halves(mu, logvar, ctx.chunk_dim))
-            return reference.total(nll, kl, beta, ctx.weight), nll, kl
+                kl = reference.kl_divergence(*halves(mu, logvar, chunk_dim))
+            return reference.total(nll, kl, beta, weight), nll, kl
 
-        return *_differentiable(formula, inputs, upstream), *(None,) * 7
-
-
-def _with_source(noise: Noise, seed: Tensor | None, eps: Tensor | None) -> Noise | None:
-    return None if seed is None and eps is None else noise._replace(seed=seed, eps=eps)
+        return *_differentiable(formula, inputs, upstream), None, None
 
 
-def _latent_buffers(
-    mu: Tensor, logvar: Tensor | None, chunk_dim: int, need_mu: bool, need_logvar: bool
-) -> tuple[tuple[Tensor | None, Tensor | None], Gradients]:
-    """Buffers for the gradients of the inputs ``mu, logvar``, and the same as the halves that a backend fills.
-
-    Packed moments have one buffer and are needed whole.
-    """
-    if logvar is None:
-        packed = torch.empty_like(mu) if need_mu else None
-        m, lv = halves(packed, None, chunk_dim) if need_mu else (None, None)
-        return (packed, None), Gradients(mu=m, logvar=lv)
-    g_mu = torch.empty_like(mu) if need_mu else None
-    g_logvar = torch.empty_like(logvar) if need_logvar else None
-    return (g_mu, g_logvar), Gradients(mu=g_mu, logvar=g_logvar)
+def _noise(seed: Tensor | None, eps: Tensor | None, first_index: int, offset: int) -> Noise | None:
+    return None if seed is None and eps is None else Noise(seed, eps, first_index, offset)
 
 
-def _rows(g_loss: Tensor | None, weight: float, g_term: Tensor | None, count: int) -> tuple[Tensor | None, float]:
-    """The upstream gradient of one per-sample term, (N,), and a factor that it still needs."""
+def _rows(g_loss: Tensor | None, weight: float | None, g_term: Tensor | None, count: int) -> tuple[Tensor | None, float]:
+    """The upstream gradient of one per-sample term, (N,), and a factor that it still needs. ``weight`` is that of ``ELBO``."""
+    weight = 1.0 if weight is None else weight
     if g_loss is None:
         return g_term, 1.0
     if g_term is None:

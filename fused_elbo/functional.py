@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from . import arguments, ops
-from .autograd import ELBO, RsampleKL, halves
-from .spec import Gaussian, Noise
+from .autograd import ELBO, RsampleKL, apply, halves
+from .spec import Gaussian
 
-NO_START = Noise()
+NOTHING = (False,) * 5
 
 
 class LatentSample(NamedTuple):
@@ -219,16 +219,17 @@ def _elbo(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     x_hat = arguments.batched("x_hat", x_hat)
     x = arguments.like("x", x, "x_hat", x_hat)
+    count = x_hat.shape[0]
     if mu is not None:
         mu, logvar, chunk_dim = arguments.latent(mu, logvar, chunk_dim)
-        if mu.shape[0] != x_hat.shape[0]:
-            raise ValueError(f"mu: got a batch of {mu.shape[0]}, takes that of x_hat, {x_hat.shape[0]}")
+        if mu.shape[0] != count:
+            raise ValueError(f"mu: got a batch of {mu.shape[0]}, takes that of x_hat, {count}")
         arguments.on_device("mu", mu, "x_hat", x_hat)
     if kl is not None:
         kl = arguments.per_sample("kl", kl, "x_hat", x_hat)
     beta = arguments.scalar("beta", beta, "x_hat", x_hat)
     grad_scale = arguments.scalar("grad_scale", grad_scale, "x_hat", x_hat)
-    if isinstance(grad_scale, Tensor) and grad_scale.requires_grad:
+    if not isinstance(grad_scale, float) and grad_scale.requires_grad:
         raise ValueError("grad_scale: got a tensor that requires grad, takes a constant: it only says what backward will bring")
     likelihood = Gaussian(arguments.positive("sigma", sigma), bool(full))
     arguments.choice("reduction", reduction, arguments.REDUCTIONS)
@@ -236,25 +237,18 @@ def _elbo(
         if reduction == "none":
             raise ValueError('inplace: got True with reduction "none", takes False there: its gradient comes in the backward')
         arguments.overwritable("x_hat", x_hat)
-    count = x_hat.shape[0]
-    weight = {"mean": 1.0 / count if count else math.nan, "sum": 1.0, "none": None}[reduction]
-    grad = torch.is_grad_enabled()
-    needs = tuple(grad and t is not None and t.requires_grad for t in (x_hat, x, mu, logvar, kl))
-    return ELBO.apply(
-        x_hat,
-        x,
-        mu,
-        logvar,
-        kl,
-        beta,
-        grad_scale,
-        chunk_dim,
-        likelihood,
-        weight,
-        needs,
-        inplace,
-        ops.select(x_hat.device),
-    )[:3]
+    weight = None if reduction == "none" else 1.0 if reduction == "sum" else 1.0 / count if count else math.nan
+    needs = NOTHING
+    if torch.is_grad_enabled():
+        needs = (
+            x_hat.requires_grad,
+            x.requires_grad,
+            mu is not None and mu.requires_grad,
+            logvar is not None and logvar.requires_grad,
+            kl is not None and kl.requires_grad,
+        )
+    options = (chunk_dim, likelihood, weight, needs, inplace and needs[0], ops.select(x_hat.device))
+    return apply(ELBO, x_hat, x, mu, logvar, kl, beta, grad_scale, options)[:3]
 
 
 def _sample(
@@ -268,9 +262,9 @@ def _sample(
 ) -> tuple[Tensor, Tensor | None]:
     """``z``, the mean itself where no sample is wanted, and the KL if it is."""
     mu, logvar, chunk_dim = arguments.latent(mu, logvar, chunk_dim)
-    mean, _ = halves(mu, logvar, chunk_dim)
     if sample:
-        return _latent(mu, logvar, chunk_dim, *_noise(mean, *source), want_kl=want_kl)
+        return _latent(mu, logvar, chunk_dim, *_noise(mu, chunk_dim, *source), want_kl=want_kl)
+    mean, _ = halves(mu, logvar, chunk_dim)
     return mean, _latent(mu, logvar, chunk_dim, want_kl=True)[1] if want_kl else None
 
 
@@ -278,47 +272,49 @@ def _latent(
     mu: Tensor,
     logvar: Tensor | None,
     chunk_dim: int,
-    start: Noise = NO_START,
     seed: Tensor | None = None,
     eps: Tensor | None = None,
+    first_index: int = 0,
+    offset: int = 0,
     *,
     want_kl: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    return RsampleKL.apply(mu, logvar, chunk_dim, start, seed, eps, want_kl, ops.select(mu.device))
+    return apply(RsampleKL, mu, logvar, seed, eps, (first_index, offset, chunk_dim, want_kl, ops.select(mu.device)))
 
 
 def _noise(
-    mean: Tensor,
+    mu: Tensor,
+    chunk_dim: int,
     seed: int | Tensor | None,
     generator: torch.Generator | None,
     eps: Tensor | None,
     first_index: int,
     offset: int,
-) -> tuple[Noise, Tensor | None, Tensor | None]:
-    given = [name for name, v in (("seed", seed), ("generator", generator), ("eps", eps)) if v is not None]
-    if len(given) > 1:
-        raise ValueError(f"{given[1]}: got it together with {given[0]}, takes at most one of seed, generator and eps")
-    start = Noise(
-        first_index=arguments.index("first_index", first_index, 2**62), offset=arguments.index("offset", offset, 2**64)
-    )
+) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """``seed, eps, first_index, offset`` as tensors and ints that fit ``mu``."""
+    if (seed is not None) + (generator is not None) + (eps is not None) > 1:
+        first, second, *_ = (name for name, v in (("seed", seed), ("generator", generator), ("eps", eps)) if v is not None)
+        raise ValueError(f"{second}: got it together with {first}, takes at most one of seed, generator and eps")
+    arguments.index("first_index", first_index, 2**62)
+    arguments.index("offset", offset, 2**64)
     if eps is not None:
-        return start, None, arguments.like("eps", eps, "mu", mean)
-    return start, _seed(mean, seed, generator), None
+        return None, arguments.like("eps", eps, "mu", halves(mu, None, chunk_dim)[0]), first_index, offset
+    return _seed(mu, seed, generator), None, first_index, offset
 
 
-def _seed(mean: Tensor, seed: int | Tensor | None, generator: torch.Generator | None) -> Tensor:
+def _seed(mu: Tensor, seed: int | Tensor | None, generator: torch.Generator | None) -> Tensor:
     if seed is None:
-        return draw_seed(mean.device, generator)
+        return draw_seed(mu.device, generator)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"seed: got dtype {seed.dtype}, takes torch.int64")
-        if seed.shape not in ((), mean.shape[:1]):
-            raise ValueError(f"seed: got shape {tuple(seed.shape)}, takes () or, one per sample, {tuple(mean.shape[:1])}")
-        arguments.on_device("seed", seed, "mu", mean)
+        if seed.shape not in ((), mu.shape[:1]):
+            raise ValueError(f"seed: got shape {tuple(seed.shape)}, takes () or, one per sample, {tuple(mu.shape[:1])}")
+        arguments.on_device("seed", seed, "mu", mu)
         return seed
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed: got {seed!r}, takes an int or an int64 tensor")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: got {seed}, takes 64 bits")
     signed = seed - 2**64 if seed >= 2**63 else seed
-    return torch.full((), signed, dtype=torch.int64, device=mean.device)
+    return torch.full((), signed, dtype=torch.int64, device=mu.device)

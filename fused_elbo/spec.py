@@ -60,7 +60,10 @@ class Gradients(NamedTuple):
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of terms and losses: float64 if any of the tensors is float64, float32 otherwise."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    for t in tensors:
+        if t is not None and t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def elements_per_sample(t: Tensor) -> int:
