@@ -44,7 +44,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=("reference", "triton"))
+@pytest.fixture(params=("reference", "native", "triton"))
 def backend(request, device):
     """The name of the backend that runs the test's operations."""
     reason = ops.unavailable(request.param, device.type)

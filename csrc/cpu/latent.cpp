@@ -1,0 +1,113 @@
+#include "../philox.h"
+#include "tiles.h"
+
+namespace fused_elbo {
+namespace {
+
+// The normals of a tile, explicit or from the stream.
+template <class T>
+class Noise {
+ public:
+  Noise(const Tensor* seed, int64_t columns, int64_t first_index, int64_t offset)
+      : columns_(columns), first_index_(first_index), offset_(offset) {
+    if (!seed) return;
+    seeds_ = static_cast<const int64_t*>(seed->data_ptr());
+    per_row_ = seed->dim() == 1;
+    stride_ = per_row_ ? seed->strides()[0] : 0;
+  }
+
+  explicit operator bool() const { return seeds_; }
+
+  const T* operator()(const Tile& tile, T* buffer) const {
+    if (!per_row_ || tile.rows == 1) return stretch(tile.row, tile.column, tile.count(), buffer);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      alignas(CACHE_LINE) T one[SIZE];
+      std::memcpy(buffer + r * tile.columns, stretch(tile.row + r, 0, tile.columns, one), tile.columns * sizeof(T));
+    }
+    return buffer;
+  }
+
+  // A tile may start anywhere in its first block, and is made in whole vectors.
+  static constexpr int64_t SIZE = TILE + LANES + NORMALS_SLACK;
+
+ private:
+  const T* stretch(int64_t row, int64_t column, int64_t n, T* buffer) const {
+    const uint64_t index = first_index_ + (per_row_ ? 0 : row * columns_) + column;
+    kernels<T>().normals(buffer, n + index % LANES, index / LANES, seeds_[row * stride_], offset_);
+    return buffer + index % LANES;
+  }
+
+  const int64_t* seeds_ = nullptr;
+  bool per_row_ = false;
+  int64_t stride_ = 0, columns_;
+  uint64_t first_index_, offset_;
+};
+
+template <class T>
+MaybeTensor forward(const Tensor& mu, const Tensor& logvar, const Tensor* seed, const Tensor* eps, int64_t first_index,
+                    int64_t offset, const Tensor* z, bool want_kl) {
+  enum { MU, LOGVAR, EPS, Z };
+  const Tiles<T, 4> tiles({&mu, &logvar, eps, z}, true);
+  const Noise<T> noise(seed, tiles.rows.columns, first_index, offset);
+  RowSums sums(tiles.grid);
+  prefer_large_pages(z);
+  parallel(tiles.grid.count, tiles_worth(LATENT_GRAIN, tiles.grid), [&](int64_t i) {
+    const Tile tile = tiles.grid[i];
+    alignas(CACHE_LINE) T mu_buffer[TILE], logvar_buffer[TILE], eps_buffer[Noise<T>::SIZE], z_buffer[TILE], terms[TILE];
+    const T* normals = noise ? noise(tile, eps_buffer) : tiles.read(EPS, tile, eps_buffer);
+    const bool keep = want_kl && RowSums::wants_terms(tile);
+    const double sum = kernels<T>().latent(tiles.read(MU, tile, mu_buffer), tiles.read(LOGVAR, tile, logvar_buffer), normals,
+                                           tiles.target(Z, tile, z_buffer), keep ? terms : nullptr, want_kl, tile.count());
+    tiles.finish(Z, tile, z_buffer);
+    if (want_kl) sums.add(i, tile, sum, terms, kernels<T>());
+  });
+  if (!want_kl) return std::nullopt;
+  const Tensor kl = empty<T>(1, tiles.rows.rows);
+  T* out = static_cast<T*>(kl.data_ptr());
+  for (int64_t row = 0; row < tiles.rows.rows; ++row) out[row] = static_cast<T>(0.5 * sums[row]);
+  return kl;
+}
+
+template <class T>
+void backward(const Tensor* g_z, const Tensor* g_kl, const Tensor& mu, const Tensor& logvar, const Tensor* seed,
+              const Tensor* eps, int64_t first_index, int64_t offset, const Tensor* g_mu, const Tensor* g_logvar) {
+  enum { MU, LOGVAR, EPS, G_Z, G_MU, G_LOGVAR };
+  const Tiles<T, 6> tiles({&mu, &logvar, eps, g_z, g_mu, g_logvar}, true);
+  const Noise<T> noise(g_z ? seed : nullptr, tiles.rows.columns, first_index, offset);
+  const int64_t g_kl_stride = g_kl ? g_kl->strides()[0] : 0;
+  prefer_large_pages(g_mu);
+  prefer_large_pages(g_logvar);
+  parallel(tiles.grid.count, tiles_worth(LATENT_GRAIN, tiles.grid), [&](int64_t i) {
+    const Tile tile = tiles.grid[i];
+    alignas(CACHE_LINE) T mu_buffer[TILE], logvar_buffer[TILE], eps_buffer[Noise<T>::SIZE], g_z_buffer[TILE], c[TILE],
+        g_mu_buffer[TILE], g_logvar_buffer[TILE];
+    const T* normals = noise ? noise(tile, eps_buffer) : tiles.read(EPS, tile, eps_buffer);
+    if (g_kl)
+      for (int64_t r = 0; r < tile.rows; ++r)
+        std::fill_n(c + r * tile.columns, tile.columns, static_cast<T>(number_at(*g_kl, (tile.row + r) * g_kl_stride)));
+    // A gradient that nobody asked for goes to its buffer and is left there.
+    T* to_mu = g_mu ? tiles.target(G_MU, tile, g_mu_buffer) : g_mu_buffer;
+    T* to_logvar = g_logvar ? tiles.target(G_LOGVAR, tile, g_logvar_buffer) : g_logvar_buffer;
+    kernels<T>().latent_backward(tiles.read(MU, tile, mu_buffer), tiles.read(LOGVAR, tile, logvar_buffer), normals,
+                                 tiles.read(G_Z, tile, g_z_buffer), g_kl ? c : nullptr, to_mu, to_logvar, tile.count());
+    tiles.finish(G_MU, tile, g_mu_buffer);
+    tiles.finish(G_LOGVAR, tile, g_logvar_buffer);
+  });
+}
+
+}  // namespace
+
+MaybeTensor rsample_kl(Tensor mu, Tensor logvar, MaybeTensor seed, MaybeTensor eps, int64_t first_index, int64_t offset,
+                       MaybeTensor z, bool want_kl) {
+  const auto run = any_float64(&mu, &logvar) ? forward<double> : forward<float>;
+  return run(mu, logvar, pointer(seed), pointer(eps), first_index, offset, pointer(z), want_kl);
+}
+
+void rsample_kl_backward(MaybeTensor g_z, MaybeTensor g_kl, Tensor mu, Tensor logvar, MaybeTensor seed, MaybeTensor eps,
+                         int64_t first_index, int64_t offset, MaybeTensor g_mu, MaybeTensor g_logvar) {
+  const auto run = any_float64(&mu, &logvar) ? backward<double> : backward<float>;
+  run(pointer(g_z), pointer(g_kl), mu, logvar, pointer(seed), pointer(eps), first_index, offset, pointer(g_mu),
+      pointer(g_logvar));
+}
+
+}  // namespace fused_elbo
