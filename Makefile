@@ -6,9 +6,16 @@ VENV ?= .venv
 RUNS ?= runs
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# STRICT=--strict: a compiler's warning is an error.
+STRICT ?=
+BUILD := $(BIN)/python csrc/build.py $(STRICT)
+NATIVE_TESTS := FUSED_ELBO_REQUIRE_BACKENDS=native $(BIN)/python -m pytest -n auto -k native --ignore tests/test_native_library.py
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 
-.PHONY: demo test lint format check doctor clean
+.PHONY: demo test instruction-sets cpu-library build wheel sanitize lint format check doctor clean
 
+# The libraries are built by rules of their own.
+$(READY): export FUSED_ELBO_BUILD = 0
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# An isolated build would fetch a second, unpinned set of build tools; setuptools comes from the constraints instead.
@@ -16,28 +23,56 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
+# What everything here runs on. Takes no time where it is current.
+cpu-library: $(READY)
+	$(BUILD) --only cpu
+
+# The CPU library and, with nvcc, the CUDA library.
+build: $(READY)
+	$(BUILD)
+
+wheel: $(READY)
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+
 # Threads that spin while they wait make steps this small ten times slower on a machine that does something else too.
 demo: export OMP_WAIT_POLICY = PASSIVE
-demo: $(READY)
+demo: cpu-library
 	$(BIN)/python -m fused_elbo train --loss both --model mlp --epochs 5 --out $(RUNS)/demo-mlp --overwrite
 	$(BIN)/python -m fused_elbo train --loss both --model conv --epochs 5 --out $(RUNS)/demo-conv --overwrite
 
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+test: export OMP_NUM_THREADS = 1
+test: lint cpu-library
+	$(BIN)/python -m pytest -n auto
+	$(MAKE) instruction-sets
+
+# The native backend's tests on the instruction sets of this processor that are not its best.
+instruction-sets: cpu-library
+	for set in $$($(BIN)/python -c "from fused_elbo.backends import native; print(*native.supported()[1:])"); do \
+	  echo "FUSED_ELBO_CPU=$$set"; FUSED_ELBO_CPU=$$set $(NATIVE_TESTS) -q || exit 1; done
+
+# The same tests on a CPU library that watches its memory and its arithmetic. Leaks are not looked for: Python's would drown ours.
+sanitize: export OMP_NUM_THREADS = 1
+sanitize: cpu-library
+	$(BUILD) --sanitize
+	for set in $$($(BIN)/python -c "from fused_elbo.backends import native; print(*native.supported())"); do \
+	  echo "FUSED_ELBO_CPU=$$set"; FUSED_ELBO_CPU=$$set FUSED_ELBO_LIB=$(CURDIR)/build/sanitize ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libubsan.so) $(NATIVE_TESTS) -q || exit 1; done
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-check: $(READY)
+check: cpu-library
 	$(BIN)/python -m fused_elbo check
 
-doctor: $(READY)
+doctor: cpu-library
 	$(BIN)/python -m fused_elbo doctor
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build dist fused_elbo/lib .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 
 from . import ops
 from ._version import __version__
+from .backends import native
+from .backends.native import library
 
 PACKAGES = ("torch", "triton", "numpy")
 
@@ -36,6 +40,12 @@ def run(echo: Callable[[str], None] = print) -> int:
         p = torch.cuda.get_device_properties(index)
         echo(f"  cuda:{index}   {p.name}, sm_{p.major}{p.minor}, {p.multi_processor_count} multiprocessors, "
              f"{p.total_memory / 2**30:.0f} GiB")  # fmt: skip
+    echo("libraries of the native backend")
+    for device in library.LIBRARIES:
+        first, *rest = _library(device)
+        echo(f"  {device:<9}{first}")
+        for line in rest:
+            echo(f"           {line}")
     asked = os.environ.get(ops.ENVIRONMENT_VARIABLE)
     echo(f"backends ({ops.ENVIRONMENT_VARIABLE}={asked or 'not set'})")
     code = 0
@@ -46,12 +56,34 @@ def run(echo: Callable[[str], None] = print) -> int:
             reason = ops.unavailable(name, device)
             echo(f"  {device:<5}{name:<10} {'can run' if reason is None else 'cannot run: ' + reason}")
         try:
-            chosen = ops.select(torch.device(device)).__name__.rpartition(".")[2]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                chosen = ops.select(torch.device(device)).__name__.rpartition(".")[2]
             echo(f"  {device:<5}runs on {chosen}")
         except (RuntimeError, ValueError) as error:
             echo(f"  {device:<5}fails: {error}")
             code = 1
     return code
+
+
+def _library(device_type: str) -> Iterator[str]:
+    """What lies there and whether it is used, or how to get it."""
+    path = library.location(device_type)
+    if not path.exists():
+        yield f"there is no {path}: {native.remedy(device_type)}"
+        return
+    yield str(path)
+    with contextlib.suppress(OSError, ValueError):
+        made = library.read_manifest(path)
+        yield (f"for torch {made['torch_target']} and newer, made with {made['compiler']} and the headers of "
+               f"{made['torch_headers']}, for {', '.join(made['architectures'])}")  # fmt: skip
+    reason = native.unavailable(device_type)
+    if reason is not None:
+        yield f"not in use: {reason}"
+    elif device_type == "cpu":
+        yield f"in use: {native.capability()} ({native.PROCESSOR_VARIABLE} chooses another)"
+    else:
+        yield "in use"
 
 
 def _version(package: str) -> str:

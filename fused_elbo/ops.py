@@ -11,18 +11,28 @@ import contextvars
 import functools
 import importlib
 import os
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 
-BACKENDS = {"triton": "fused_elbo.backends.triton", "reference": "fused_elbo.reference"}
+BACKENDS = {
+    "native": "fused_elbo.backends.native",
+    "triton": "fused_elbo.backends.triton",
+    "reference": "fused_elbo.reference",
+}
 
 # In order of preference. A backend that is not listed for a device runs there only where it is asked for by name.
-DEFAULTS = {"cuda": ("triton", "reference")}
+# The order on CUDA has not been measured.
+DEFAULTS = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 OTHER_DEVICES = ("reference",)
 
 ENVIRONMENT_VARIABLE = "FUSED_ELBO_BACKEND"
+
+# The variable may change at any time, so every call looks for it; os.environ.get, which encodes the name and raises inside
+# where there is none, takes three times as long as all else that chooses a backend.
+_KEY = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("fused_elbo_backend", default=None)
 
@@ -39,13 +49,13 @@ def select(device: torch.device) -> ModuleType:
     Raises:
         RuntimeError: the backend that was asked for cannot run there.
     """
-    name = _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE)
+    name = _requested.get() or (_KEY in os.environ._data and os.environ[ENVIRONMENT_VARIABLE])
     if name:
         reason = unavailable(name, device.type)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} was asked for and cannot run on {device.type!r}: {reason}")
         return _load(name)[0]
-    return _default(device.type)
+    return _default(device)
 
 
 @contextlib.contextmanager
@@ -53,7 +63,7 @@ def backend(name: str) -> Iterator[None]:
     """Run the operations of a ``with`` block, and their backward passes, on one backend.
 
     Args:
-        name: "reference" or "triton".
+        name: "native", "triton" or "reference".
 
     Raises:
         ValueError: no backend has that name. That it cannot run is said by the first operation, as a RuntimeError.
@@ -72,9 +82,25 @@ def _known(name: str) -> str:
 
 
 @functools.cache
-def _default(device_type: str) -> ModuleType:
-    candidates = DEFAULTS.get(device_type, OTHER_DEVICES)
-    return _load(next(name for name in candidates if unavailable(name, device_type) is None))[0]
+def _default(device: torch.device) -> ModuleType:
+    candidates = DEFAULTS.get(device.type, OTHER_DEVICES)
+    failed = []
+    for name in candidates:
+        reason = unavailable(name, device.type)
+        if reason is None:
+            break
+        failed.append(f"{name} cannot run on {device.type!r}: {reason}")
+    if failed:
+        _warn(
+            f"fused_elbo: {'; '.join(failed)} (so {name} runs; {ENVIRONMENT_VARIABLE}={name} asks for that without a warning)"
+        )
+    return _load(name)[0]
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Once in a process, also where there are several devices of a kind."""
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 @functools.cache

@@ -240,7 +240,9 @@ def test_the_default_is_the_best_that_runs(broken, missing, monkeypatch):
     monkeypatch.delenv(ops.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setitem(ops.DEFAULTS, "cpu", ("broken", "missing", "reference"))
     ops._default.cache_clear()
+    ops._warn.cache_clear()
     try:
-        assert ops.select(torch.device("cpu")).__name__ == "fused_elbo.reference"
+        with pytest.warns(RuntimeWarning, match=r"broken cannot run on 'cpu': no cpu today; missing .*so reference runs"):
+            assert ops.select(torch.device("cpu")).__name__ == "fused_elbo.reference"
     finally:
         ops._default.cache_clear()

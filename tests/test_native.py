@@ -17,7 +17,7 @@ from fused_elbo.backends import native
 
 pytestmark = pytest.mark.skipif(ops.unavailable("native", "cpu") is not None, reason=str(ops.unavailable("native", "cpu")))
 
-# Rows that share a tile, rows of a tile's size and one more, rows of several tiles; too few and enough elements for two threads.
+# Rows that share a tile, rows of a tile and one more, rows of several tiles; too few and enough elements for two threads.
 SHAPES = ((3, 5), (700, 20), (40, 1023), (40, 1024), (40, 1025), (5, 4099), (1, 60001), (2, 3, 67, 101))
 
 
