@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bars = [(item, results) for item, results in measured if item.stage != "bandwidth" and not item.sweep]
         lines = [row for item, results in bars for row in report.rows(item, dtype, results)]
         # Beside a backend that is built for speed the reference would only flatten the bars.
-        lines = [row for row in lines if row["backend"] != report.WITHOUT_TARGETS] or lines
+        lines = [row for row in lines if row["backend"] != work.SPECIFICATION] or lines
         report.plot(args.plot, lines, f"Forward and backward, {args.dtype}, {facts['cpu']}, {facts['threads']} threads")
     refused = any(result.refused is not None for _, results in measured for result in results.values())
     return code or (REFUSED if refused else 0)

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from .measure import Result
-from .work import Item
+from .work import SPECIFICATION, Item
 
 Row = dict[str, Any]
 
-# The specification and fallback is timed, and held to no target. The targets are for one dtype.
-WITHOUT_TARGETS = "reference"
+# The targets are for one dtype, and not for the specification.
 TARGET_DTYPE = torch.float32
 
 # With more of the CPU time than this in other hands, threads that wait for each other wait a hundred times too long.
@@ -37,18 +36,18 @@ def rows(item: Item, dtype: torch.dtype, results: Mapping[str, Result]) -> list[
         for kind in ("eager", "compiled", "copy")
     }
     found = []
-    for result in results.values():
+    for name, result in results.items():
         if result.kind != "ours" or not result.ms:
             continue
         ms = {"ours": result.median, **best}
-        row = {"item": item.name, "backend": result.backend, "ms": ms}
+        row = {"item": item.name, "backend": name, "ms": ms}
         if item.stage == "bandwidth":
             megabytes = 1e-6 * item.shape[0] * item.shape[1] * dtype.itemsize
             row["gb_per_s"] = [ms[kind] and passes * megabytes / ms[kind] for kind, passes in (("ours", 3), ("copy", 2))]
             row["ratios"] = [ms["copy"] and 150 * ms["copy"] / ms["ours"]]
         else:
             row["ratios"] = [ms[kind] and ms[kind] / ms["ours"] for kind in ("eager", "compiled")]
-        row["targets"] = item.targets if dtype == TARGET_DTYPE and result.backend != WITHOUT_TARGETS else ()
+        row["targets"] = item.targets if dtype == TARGET_DTYPE and result.backend != SPECIFICATION else ()
         row["met"] = [r and r >= target for r, target in zip(row["ratios"], row["targets"], strict=False)]
         found.append(row)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_elbo as fe
+from fused_elbo.spec import Gaussian, Gradients, Noise
 
 Tensors = tuple[Tensor, ...]
+
+# The backend that is timed, but not built for speed.
+SPECIFICATION = "reference"
+
+# Our operations called one after the other, to tell what they cost from what torch's autograd costs on top.
+DIRECT = "operations alone"
 
 SWEEP = tuple(2**k for k in range(6, 25))
 SWEEP_ROW = 1024
@@ -46,12 +54,14 @@ class Stage(NamedTuple):
     Attributes:
         inputs: from a shape and a dtype, what they take: leaves, of which some require grad.
         upstream: from those, the upstream gradients of the values.
+        operations: the same forward and backward by a backend's operations, from inputs and upstream gradients.
         sample: which of the values is the sample; None where none is drawn. ``eager`` then takes the noise last.
     """
 
     inputs: Callable[[tuple[int, ...], torch.dtype], Tensors]
     upstream: Callable[[Tensors], Tensors]
     ours: Callable[..., Tensors]
+    operations: Callable[[ModuleType, Tensors, Tensors], Tensors]
     eager: dict[str, Callable[..., Tensors]]
     sample: int | None = None
 
@@ -115,6 +125,16 @@ def peers(item: Item, dtype: torch.dtype, backends: Sequence[str], *, compiled: 
         terms = torch.float64 if dtype == torch.float64 else torch.float32
         return Peer(backend, "ours", step(forward, given, upstream(dtype, terms)), expected, backend)
 
+    def direct(backend: str) -> Peer:
+        given = tuple(t.detach() for t in inputs)
+        terms = torch.float64 if dtype == torch.float64 else torch.float32
+        grads = upstream(dtype, terms)
+
+        def run() -> Tensors:
+            return stage.operations(fe.ops.select(given[0].device), given, grads)
+
+        return Peer(f"{backend}, {DIRECT}", "ours", run, expected, backend)
+
     if item.stage == "bandwidth":
         x_hat, x = inputs
         copy = torch.empty_like(x)
@@ -132,6 +152,7 @@ def peers(item: Item, dtype: torch.dtype, backends: Sequence[str], *, compiled: 
         ]
     return [
         *(ours(stage.ours, inputs, name) for name in backends),
+        *(direct(name) for name in backends if name != SPECIFICATION and not item.sweep),
         *(Peer(name, kind, step(formula, inputs, upstream(dtype, dtype)), expected) for kind, name, formula in plain),
     ]
 
@@ -186,11 +207,41 @@ def our_classic(x_hat: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensors
     return fe.elbo_loss(x_hat, x, mu, logvar).loss, z
 
 
+def latent_operations(backend: ModuleType, inputs: Tensors, upstream: Tensors) -> Tensors:
+    mu, logvar = inputs
+    noise = Noise(seed=fe.functional.draw_seed(mu.device))
+    z, kl = backend.rsample_kl(mu, logvar, noise, want_kl=True)
+    out = Gradients(mu=torch.empty_like(mu), logvar=torch.empty_like(logvar))
+    backend.rsample_kl_backward(*upstream, mu, logvar, noise, out)
+    return z, kl, out.mu, out.logvar
+
+
+def nll_operations(backend: ModuleType, inputs: Tensors, upstream: Tensors) -> Tensors:
+    x_hat, x = inputs
+    out = Gradients(x_hat=torch.empty_like(x_hat))
+    loss, *_ = backend.elbo(x_hat, x, None, None, None, 1.0, Gaussian(), out, weight=1 / len(x))
+    backend.rescale_([out.x_hat], upstream[0], 1.0)
+    return loss, out.x_hat
+
+
+def classic_operations(backend: ModuleType, inputs: Tensors, upstream: Tensors) -> Tensors:
+    x_hat, x, mu, logvar = inputs
+    noise = Noise(seed=fe.functional.draw_seed(mu.device))
+    z, _ = backend.rsample_kl(mu, logvar, noise, want_kl=False)
+    out = Gradients(x_hat=torch.empty_like(x_hat), mu=torch.empty_like(mu), logvar=torch.empty_like(logvar))
+    loss, *_ = backend.elbo(x_hat, x, mu, logvar, None, 1.0, Gaussian(), out, weight=1 / len(x))
+    backend.rescale_([out.x_hat, out.mu, out.logvar], upstream[0], 1.0)
+    sampled = Gradients(mu=torch.empty_like(mu), logvar=torch.empty_like(logvar))
+    backend.rsample_kl_backward(upstream[1], None, mu, logvar, noise, sampled)
+    return loss, z, out.x_hat, out.mu.add_(sampled.mu), out.logvar.add_(sampled.logvar)
+
+
 STAGES = {
     "latent": Stage(
         latent_inputs,
         lambda inputs: (torch.randn_like(inputs[0]).detach(), torch.ones(len(inputs[0]))),
         fe.rsample_kl,
+        latent_operations,
         {"classic lines": latent},
         sample=0,
     ),
@@ -198,12 +249,14 @@ STAGES = {
         data_inputs,
         lambda inputs: (torch.ones(()),),
         lambda x_hat, x: (fe.gaussian_nll(x_hat, x),),
+        nll_operations,
         {"mse_loss": nll_mse_loss, "written out": nll_written_out},
     ),
     "classic": Stage(
         lambda shape, dtype: (*data_inputs(shape[:2], dtype), *latent_inputs((shape[0], shape[2]), dtype)),
         lambda inputs: (torch.ones(()), torch.randn_like(inputs[2]).detach()),
         our_classic,
+        classic_operations,
         {"classic lines": classic},
         sample=1,
     ),

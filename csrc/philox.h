@@ -22,9 +22,9 @@ struct Block {
 
 template <class W>
 FE_FN Block<W> philox4x32(Block<W> c, uint32_t k0, uint32_t k1) {
-#ifdef __CUDACC__
+#if defined(__CUDA_ARCH__)
 #pragma unroll
-#else
+#elif !defined(__CUDACC__)
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {

@@ -32,24 +32,25 @@ def test_table_json_and_picture(cpu, tmp_path, capsys):
     code, content = run(cpu, tmp_path, "--filter", "8x8", "--plot", str(picture))
     assert code == 0
     able = [name for name in ops.BACKENDS if name != "triton" and ops.unavailable(name, "cpu") is None]
+    direct = [f"{name}, {cpu.work.DIRECT}" for name in able if name != cpu.work.SPECIFICATION]
     environment = content["environment"]
     assert [name for name, state in environment["backends"].items() if state == "timed"] == able
     assert environment["threads"] == 1
     assert environment["torch"] == str(torch.__version__)
     assert "--no-compile" in environment["command"]
     for item, eager in zip(content["items"], (["classic lines"], ["mse_loss", "written out"]), strict=True):
-        assert list(item["peers"]) == [*able, *eager]
+        assert list(item["peers"]) == [*able, *direct, *eager]
         for peer in item["peers"].values():
             low, high = peer["quartiles_ms"]
             assert 0 < low <= peer["median_ms"] <= high
             assert peer["rounds"] >= 3
-        for row, backend in zip(item["rows"], able, strict=True):
+        for row, backend in zip(item["rows"], [*able, *direct], strict=True):
             medians = {name: peer["median_ms"] for name, peer in item["peers"].items()}
             assert row["backend"] == backend
             assert row["ratios"] == [min(medians[name] for name in eager) / medians[backend], None]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     named = [line.split("|")[1].replace(cpu.report.NOISY, "").strip() for line in lines[2:]]
-    assert named == [item["name"] for item in content["items"] for _ in able]
+    assert named == [item["name"] for item in content["items"] for _ in [*able, *direct]]
     assert len({len(line) for line in lines}) == 1
     assert picture.read_bytes().startswith(b"\x89PNG")
 

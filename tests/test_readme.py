@@ -103,5 +103,5 @@ def test_make_targets_exist():
 
 
 def test_layers_are_named_as_they_are():
-    for name in re.findall(r"`(\w+\.py)`", README):
-        assert list(Path(fe.__file__).parent.rglob(name)), name
+    for name in re.findall(r"`([\w/]+\.(?:py|h|cpp))`", README):
+        assert list(Path(fe.__file__).parents[1].glob(f"fused_elbo/**/{name}")) + list((Path(fe.__file__).parents[1] / "csrc").glob(f"**/{name}")), name
