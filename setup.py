@@ -30,7 +30,7 @@ class Build(build):
 
     def run(self) -> None:
         # What an earlier build left there would be packed too.
-        shutil.rmtree(self.build_lib, ignore_errors=True)
+        shutil.rmtree(Path(self.build_lib, "fused_elbo"), ignore_errors=True)
         super().run()
 
 

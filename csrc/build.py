@@ -45,14 +45,14 @@ def _read(name: str) -> ModuleType:
 library, tools = _read("library"), _read("tools")
 
 WARNINGS = ("-Wall", "-Wextra")
-CXX_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", *WARNINGS)
+CXX_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", *WARNINGS)
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
 
 # Files named kernels*.cpp are compiled once per instruction set; which one runs is decided on the user's processor.
 INSTRUCTION_SETS = {
     "portable": (),
-    "avx2": ("-mavx2", "-mfma", "-mf16c", "-mbmi2"),
-    "avx512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c", "-mbmi2",
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c",
                "-mprefer-vector-width=512"),
 }  # fmt: skip
 

@@ -68,7 +68,8 @@ template <>
 struct Exponential<double> {
   static constexpr double step = 2.772588722239781, step_rest = 9.276187255385198e-17;
   static constexpr double rounder = 6755399441055744.0;
-  static constexpr double lowest = -1415.0, highest = 1421.0;
+  // m stays within [-511, 512], and so 2^(2m - 1) within the exponent's bits.
+  static constexpr double lowest = -1418.0, highest = 1420.0;
   static constexpr int shift = 53;
   static constexpr uint64_t half = 0x3FE0000000000000;
 

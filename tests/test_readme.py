@@ -103,5 +103,6 @@ def test_make_targets_exist():
 
 
 def test_layers_are_named_as_they_are():
+    root = Path(fe.__file__).parents[1]
     for name in re.findall(r"`([\w/]+\.(?:py|h|cpp))`", README):
-        assert list(Path(fe.__file__).parents[1].glob(f"fused_elbo/**/{name}")) + list((Path(fe.__file__).parents[1] / "csrc").glob(f"**/{name}")), name
+        assert (root / name).exists() or [*root.glob(f"fused_elbo/**/{name}"), *root.glob(f"csrc/**/{name}")], name

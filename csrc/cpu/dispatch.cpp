@@ -1,25 +1,38 @@
 #include <cstdlib>
 #include <cstring>
+#include <string>
+#include <vector>
 
 #include "kernels.h"
+
+#ifdef FE_X86
+#include <cpuid.h>
+#endif
 
 namespace fused_elbo {
 namespace {
 
-// Best first.
-const InstructionSet* const* available() {
-  static const InstructionSet* found[4] = {};
-  if (!found[0]) {
-    int count = 0;
 #ifdef FE_X86
-    const bool avx2_too = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+bool has_float16_conversions() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+// Best first.
+const std::vector<const InstructionSet*>& available() {
+  static const auto found = [] {
+    std::vector<const InstructionSet*> sets;
+#ifdef FE_X86
+    const bool avx2_too = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_float16_conversions();
     if (avx2_too && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-      found[count++] = &avx512::instruction_set;
-    if (avx2_too) found[count++] = &avx2::instruction_set;
+      sets.push_back(&avx512::instruction_set);
+    if (avx2_too) sets.push_back(&avx2::instruction_set);
 #endif
-    found[count] = &portable::instruction_set;
-  }
+    sets.push_back(&portable::instruction_set);
+    return sets;
+  }();
   return found;
 }
 
@@ -28,9 +41,9 @@ const InstructionSet* const* available() {
 const InstructionSet* instruction_set() {
   static const InstructionSet* const chosen = []() -> const InstructionSet* {
     const char* asked = std::getenv("FUSED_ELBO_CPU");
-    if (!asked || !*asked) return *available();
-    for (auto set = available(); *set; ++set)
-      if (!std::strcmp((*set)->name, asked)) return *set;
+    if (!asked || !*asked) return available().front();
+    for (const InstructionSet* set : available())
+      if (!std::strcmp(set->name, asked)) return set;
     return nullptr;
   }();
   return chosen;
@@ -46,11 +59,10 @@ extern "C" __attribute__((visibility("default"))) const char* fused_elbo_capabil
 
 // All that this processor has, best first, separated by spaces.
 extern "C" __attribute__((visibility("default"))) const char* fused_elbo_supported() {
-  static char names[64] = "";
-  if (!*names)
-    for (auto set = fused_elbo::available(); *set; ++set) {
-      if (*names) std::strcat(names, " ");
-      std::strcat(names, (*set)->name);
-    }
-  return names;
+  static const std::string names = [] {
+    std::string joined;
+    for (const auto* set : fused_elbo::available()) joined.append(joined.empty() ? "" : " ").append(set->name);
+    return joined;
+  }();
+  return names.c_str();
 }

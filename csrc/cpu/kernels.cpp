@@ -313,14 +313,12 @@ FE_FN Float widened_float16(Packed16 v) {
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(reinterpret_cast<__m128i>(v));
 #else
-  Float wide;
-  for (int i = 0; i < WIDTH<Float>; ++i) {
-    const uint16_t bits = v[i];
-    _Float16 number;
-    __builtin_memcpy(&number, &bits, sizeof number);
-    wide[i] = static_cast<float>(number);
-  }
-  return wide;
+  // The exponent's bias is put right by a multiplication, a subnormal number made normal by a subtraction.
+  using R = Real<Float>;
+  const Bits32 word = __builtin_convertvector(v, Bits32) << 16, twice = word + word;
+  const Float normal = R::number((twice >> 4) + (0xE0u << 23)) * 0x1p-112f;
+  const Float subnormal = R::number((twice >> 17) | (126u << 23)) - 0.5f;
+  return R::number((word & 0x80000000u) | (twice < (1u << 27) ? R::bits(subnormal) : R::bits(normal)));
 #endif
 }
 
@@ -330,14 +328,14 @@ FE_FN Packed16 narrowed_float16(Float v) {
 #elif defined(__F16C__)
   return reinterpret_cast<Packed16>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #else
-  Packed16 narrow;
-  for (int i = 0; i < WIDTH<Float>; ++i) {
-    const _Float16 number = static_cast<_Float16>(v[i]);
-    uint16_t bits;
-    __builtin_memcpy(&bits, &number, sizeof number);
-    narrow[i] = bits;
-  }
-  return narrow;
+  // Added to a power of two that is right for its exponent, a number is rounded to what float16 keeps of it.
+  using R = Real<Float>;
+  const Bits32 word = R::bits(v), twice = word + word, exponent = twice & 0xFF000000u;
+  const Bits32 bias = exponent < 0x71000000u ? Bits32{} + 0x71000000u : exponent;
+  const Float base = (R::number(word & 0x7FFFFFFFu) * 0x1p112f) * 0x1p-110f;
+  const Bits32 bits = R::bits(R::number((bias >> 1) + 0x07800000u) + base);
+  const Bits32 made = ((bits >> 13) & 0x7C00u) + (bits & 0x0FFFu);
+  return __builtin_convertvector((word >> 16 & 0x8000u) | (twice > 0xFF000000u ? Bits32{} + 0x7E00u : made), Packed16);
 #endif
 }
 

@@ -49,7 +49,7 @@ MaybeTensor forward(const Tensor& mu, const Tensor& logvar, const Tensor* seed, 
   enum { MU, LOGVAR, EPS, Z };
   const Tiles<T, 4> tiles({&mu, &logvar, eps, z}, true);
   const Noise<T> noise(seed, tiles.rows.columns, first_index, offset);
-  RowSums sums(tiles.grid);
+  RowSums sums(want_kl ? tiles.grid : Grid(0, 1));
   prefer_large_pages(z);
   parallel(tiles.grid.count, tiles_worth(LATENT_GRAIN, tiles.grid), [&](int64_t i) {
     const Tile tile = tiles.grid[i];

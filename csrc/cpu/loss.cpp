@@ -105,6 +105,12 @@ void error_gradients(const Tensor& g_nll, const Tensor& x_hat, const Tensor& x, 
   });
 }
 
+// An upstream gradient over the expected one: 1 where they differ by no more than the rounding of the former.
+double quotient(const Tensor& upstream, int64_t offset, double expected) {
+  const double factor = number_at(upstream, offset) / expected;
+  return upstream.scalar_type() == ScalarType::Double ? factor : static_cast<float>(factor);
+}
+
 template <class T>
 void scale_in_place(const Tensor& tensor, double factor) {
   const Tiles<T, 1> tiles({&tensor}, false);
@@ -137,7 +143,7 @@ void gaussian_nll_backward(Tensor g_nll, Tensor x_hat, Tensor x, double scale, s
   if (expected) {
     const int64_t stride = g_nll.strides()[0], distinct = stride == 0 ? 1 : g_nll.sizes()[0];
     int64_t row = 0;
-    while (row < distinct && number_at(g_nll, row * stride) == *expected) ++row;
+    while (row < distinct && quotient(g_nll, row * stride, *expected) == 1) ++row;
     if (row == distinct) return;
   }
   const auto run = any_float64(&x_hat, &x) ? error_gradients<double> : error_gradients<float>;
@@ -145,7 +151,7 @@ void gaussian_nll_backward(Tensor g_nll, Tensor x_hat, Tensor x, double scale, s
 }
 
 void rescale_(std::vector<Tensor> gradients, Tensor upstream, double expected, MaybeTensor expected_tensor) {
-  const double factor = number_at(upstream) / number(expected_tensor, expected);
+  const double factor = quotient(upstream, 0, number(expected_tensor, expected));
   if (factor == 1) return;
   for (const Tensor& gradient : gradients)
     any_float64(&gradient) ? scale_in_place<double>(gradient, factor) : scale_in_place<float>(gradient, factor);

@@ -4,6 +4,7 @@
 // everything here is inlined, or depends on a vector's type, or stands in a namespace of its instruction set.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <utility>
 
@@ -12,10 +13,18 @@
 
 #if defined(__SSE2__)
 #pragma GCC diagnostic push
+#ifndef __clang__
 // GCC 12 warns about its own header: what an intrinsic leaves undefined is undefined on purpose.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#endif
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define FE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Bits32{__VA_ARGS__})
 #endif
 
 namespace fused_elbo {
@@ -250,24 +259,24 @@ FE_FN Pair<Double> normal_pair(Bits64 radius, Bits64 angle) {
   return box_muller(uniform(radius), uniform(angle) - Real<Double>::of(0.5));
 }
 
-template <size_t... I>
+template <std::size_t... I>
 FE_FN Float unpack_low(Float a, Float b, std::index_sequence<I...>) {
-  return __builtin_shufflevector(a, b, ((I & ~size_t{3}) + (I & 3) / 2 + (I & 1) * sizeof...(I))...);
+  return FE_SHUFFLE(a, b, ((I & ~std::size_t{3}) + (I & 3) / 2 + (I & 1) * sizeof...(I))...);
 }
 
-template <size_t... I>
+template <std::size_t... I>
 FE_FN Float unpack_high(Float a, Float b, std::index_sequence<I...>) {
-  return __builtin_shufflevector(a, b, ((I & ~size_t{3}) + 2 + (I & 3) / 2 + (I & 1) * sizeof...(I))...);
+  return FE_SHUFFLE(a, b, ((I & ~std::size_t{3}) + 2 + (I & 3) / 2 + (I & 1) * sizeof...(I))...);
 }
 
-template <size_t... I>
+template <std::size_t... I>
 FE_FN Float join_low(Float a, Float b, std::index_sequence<I...>) {
-  return __builtin_shufflevector(a, b, ((I & ~size_t{3}) + (I & 1) + ((I & 2) != 0) * sizeof...(I))...);
+  return FE_SHUFFLE(a, b, ((I & ~std::size_t{3}) + (I & 1) + ((I & 2) != 0) * sizeof...(I))...);
 }
 
-template <size_t... I>
+template <std::size_t... I>
 FE_FN Float join_high(Float a, Float b, std::index_sequence<I...>) {
-  return __builtin_shufflevector(a, b, ((I & ~size_t{3}) + 2 + (I & 1) + ((I & 2) != 0) * sizeof...(I))...);
+  return FE_SHUFFLE(a, b, ((I & ~std::size_t{3}) + 2 + (I & 1) + ((I & 2) != 0) * sizeof...(I))...);
 }
 
 }  // namespace fused_elbo

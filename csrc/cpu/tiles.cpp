@@ -78,7 +78,7 @@ void narrow(ScalarType dtype, const double* from, void* to, int64_t n) {
 
 double number_at(const Tensor& tensor, int64_t offset) {
   const ScalarType dtype = tensor.scalar_type();
-  const void* const data = tensor.data_ptr();
+  const void* const data = tensor.const_data_ptr();
   if (dtype == ScalarType::Double) return static_cast<const double*>(data)[offset];
   float value;
   widen(dtype, static_cast<const char*>(data) + offset * element_size(dtype), &value, 1);

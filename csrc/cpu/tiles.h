@@ -15,7 +15,7 @@ namespace fused_elbo {
 
 // Numbers of a tile: a handful of such buffers stays in the first-level cache.
 constexpr int64_t TILE = 1024;
-constexpr size_t CACHE_LINE = 64;
+constexpr std::size_t CACHE_LINE = 64;
 // Numbers that are worth another thread.
 constexpr int64_t LATENT_GRAIN = 4096, DATA_GRAIN = 16384;
 // Outputs of so many bytes are given large pages: touching small ones for the first time costs more than the arithmetic.
@@ -34,7 +34,7 @@ struct Grid {
   Grid(int64_t rows, int64_t columns)
       : rows(rows),
         columns(columns),
-        rows_per_tile(columns < TILE ? TILE / columns : 1),
+        rows_per_tile(columns < TILE ? TILE / std::max<int64_t>(1, columns) : 1),
         tiles_per_row((columns + TILE - 1) / TILE),
         count(tiles_per_row > 1 ? rows * tiles_per_row : (rows + rows_per_tile - 1) / rows_per_tile) {}
 
@@ -138,7 +138,7 @@ class Tiles {
 
   void read_row(int k, int64_t row, int64_t column, int64_t n, T* to) const {
     if (rows.dense(k)) return widen(dtype_[k], at(k, row, column), to, n);
-    char gathered[TILE * sizeof(double)];
+    alignas(CACHE_LINE) char gathered[TILE * sizeof(double)];
     for_runs(k, row, column, n, [&](char* from, int64_t i, int64_t count, int64_t step) {
       for (int64_t j = 0; j < count; ++j) std::memcpy(gathered + (i + j) * size_[k], from + j * step, size_[k]);
     });
@@ -147,7 +147,7 @@ class Tiles {
 
   void write_row(int k, int64_t row, int64_t column, int64_t n, const T* from) const {
     if (rows.dense(k)) return narrow(dtype_[k], from, at(k, row, column), n);
-    char scattered[TILE * sizeof(double)];
+    alignas(CACHE_LINE) char scattered[TILE * sizeof(double)];
     narrow(dtype_[k], from, scattered, n);
     for_runs(k, row, column, n, [&](char* to, int64_t i, int64_t count, int64_t step) {
       for (int64_t j = 0; j < count; ++j) std::memcpy(to + j * step, scattered + (i + j) * size_[k], size_[k]);

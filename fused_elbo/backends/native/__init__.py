@@ -69,7 +69,7 @@ def rsample_kl(mu: Tensor, logvar: Tensor, noise: Noise | None, *, want_kl: bool
     if _outside(mu):
         return reference.rsample_kl(mu, logvar, noise, want_kl=want_kl)
     if noise is None:
-        return None, _rsample_kl(mu, logvar, None, None, 0, 0, None, want_kl)
+        return None, _rsample_kl(mu, logvar, None, None, 0, 0, None, want_kl) if want_kl else None
     seed, eps, first_index, offset = noise
     z = torch.empty_like(mu)
     return z, _rsample_kl(mu, logvar, seed, eps, first_index, _signed(offset), z, want_kl)
@@ -127,6 +127,9 @@ def gaussian_nll_backward(
 
 
 def rescale_(gradients: Sequence[Tensor], upstream: Tensor, expected: float | Tensor) -> None:
+    gradients = [g for g in gradients if g.numel()]
+    if type(upstream) not in _PLAIN:
+        return reference.rescale_(gradients, upstream, expected)
     if isinstance(expected, Tensor):
         return _rescale(gradients, upstream, 0.0, expected)
     # On a CPU a look at the value costs less than the call.
@@ -136,6 +139,7 @@ def rescale_(gradients: Sequence[Tensor], upstream: Tensor, expected: float | Te
 
 
 _NO_NOISE = Noise()
+_PLAIN = (Tensor, torch.nn.Parameter)
 _UNIT = Gaussian()
 
 # A dictionary, since a compiler that traces a call does not see what functools.cache remembers.
@@ -143,8 +147,9 @@ _reasons: dict[str, str | None] = {}
 
 
 def _outside(t: Tensor) -> bool:
-    """Whether the reference takes the call: nothing to do, or more dimensions than a kernel takes."""
-    return t.numel() == 0 or (t.dim() > MOST_CUDA_DIMS and not t.is_cpu)
+    """Whether the reference takes the call: a tensor of no memory (one that a compiler traces with, say), nothing to do, or
+    more dimensions than a kernel takes."""
+    return type(t) not in _PLAIN or t.numel() == 0 or (t.dim() > MOST_CUDA_DIMS and not t.is_cpu)
 
 
 def _signed(offset: int) -> int:

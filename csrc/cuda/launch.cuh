@@ -1,0 +1,152 @@
+// From tensors to launches: how much a block takes, and what a launch needs from torch.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <map>
+#include <mutex>
+
+#include "tensors.cuh"
+
+namespace fused_elbo {
+
+constexpr int THREADS = 128, WARP = 32, WARP_LOG2 = 5;
+// Elements that a thread takes at a time at most, and 16-byte loads that it has in flight.
+constexpr int RUN = 16, LOADS_AHEAD = 8;
+
+// What each block leaves is added up by the last, alone.
+constexpr int64_t MOST_BLOCKS = 8192;
+
+// Blocks of a multiprocessor that the compiler has to leave registers for.
+template <class S>
+constexpr int BLOCKS = std::is_same_v<S, double> ? 2 : 4;
+
+// How rows are shared out. A share is as many rows as a block has room for, each taken by neighbouring threads, or, of a row
+// that takes whole blocks, `chunk` units. Block b of the grid takes shares b, b + grid, ...
+struct Plan {
+  int64_t chunk = 1, chunks = 1, shares = 0, grid = 0;
+  int threads_log2 = 0;  // threads that take a row
+
+  Plan() = default;
+
+  // The one launch rule, a function of shape, dtype and alignment: results must not depend on the device. Small work is spread,
+  // large work amortises.
+  Plan(const Shape& shape, int unit, bool whole_warps = false) {
+    const int64_t elements = shape.rows * shape.columns, run = RUN / unit;
+    const int64_t units = std::max<int64_t>(1, (shape.columns + (shape.shifted ? unit - 1 : 0) + unit - 1) / unit);
+    const int64_t runs = elements <= 1 << 20 ? 1 : elements <= 1 << 24 ? 2 : elements <= 1 << 28 ? 8 : 16;
+    // A short row is taken by few threads: each adds up what it takes one by one, so that is bounded. Two threads read what the
+    // memory delivers at the least.
+    const int64_t most_units = run * std::min<int64_t>(runs, 2);
+    threads_log2 = whole_warps ? WARP_LOG2 : units > 1;
+    while (units > most_units << threads_log2 && threads() < THREADS) ++threads_log2;
+    if (threads() > WARP)
+      while (threads() < THREADS) ++threads_log2;
+    const int64_t tile = run << threads_log2, tiles = (units + tile - 1) / tile;
+    chunks = threads() == THREADS ? (tiles + runs - 1) / runs : 1;
+    chunk = (tiles + chunks - 1) / chunks * tile;
+    chunks = (units + chunk - 1) / chunk;
+    const int64_t rows_in_share = THREADS >> threads_log2;
+    shares = (shape.rows + rows_in_share - 1) / rows_in_share * chunks;
+    const int64_t in_turn = split() ? 1 : (shares + MOST_BLOCKS - 1) / MOST_BLOCKS;
+    grid = in_turn > 1 ? (shares + in_turn - 1) / in_turn : shares;
+  }
+
+  FE_FN int threads() const { return 1 << threads_log2; }
+  FE_FN bool split() const { return chunks > 1; }
+};
+
+// Makes a tensor's device current, as torch sees it, and knows the stream that torch is on there.
+class Launcher {
+ public:
+  explicit Launcher(const Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_) {
+    void* stream;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  template <class Arguments>
+  void operator()(void (*kernel)(Arguments), int64_t blocks, Arguments arguments, int kinds = 1) const {
+    if (blocks == 0) return;
+    STD_TORCH_CHECK(blocks < int64_t{1} << 31, "fused_elbo: ", blocks, " blocks are more than a CUDA grid holds");
+    void* pointers[] = {&arguments};
+    STD_CUDA_CHECK(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks), kinds), dim3(THREADS), pointers, 0, stream_));
+  }
+
+  // Uninitialised, with dims 0 or 1.
+  Tensor empty(int dims, int64_t size, int32_t dtype) const {
+    const int64_t stride = 1;
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dims, &size, &stride, dtype, aoti_torch_device_type_cuda(), device_, &handle));
+    return Tensor(handle);
+  }
+
+  template <class S>
+  Tensor empty(int dims, int64_t size) const {
+    return empty(dims, size, std::is_same_v<S, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  }
+
+  // A zeroed counter that kernels leave at zero. Launches on one stream follow one another and share one; a captured launch
+  // gets one of its own, which its graph zeroes, since that may be replayed beside anything.
+  Tensor ticket() const {
+    cudaStreamCaptureStatus status;
+    STD_CUDA_CHECK(cudaStreamIsCapturing(stream_, &status));
+    if (status != cudaStreamCaptureStatusNone) return zeroed();
+    // Never freed: at the program's end torch's allocator may be gone first.
+    static auto& mutex = *new std::mutex;
+    static auto& tickets = *new std::map<std::pair<int32_t, cudaStream_t>, Tensor>;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto key = std::make_pair(device_, stream_);
+    const auto found = tickets.find(key);
+    return found != tickets.end() ? found->second : tickets.emplace(key, zeroed()).first->second;
+  }
+
+ private:
+  Tensor zeroed() const {
+    const Tensor counter = empty(0, 1, aoti_torch_dtype_int32());
+    STD_CUDA_CHECK(cudaMemsetAsync(counter.mutable_data_ptr(), 0, sizeof(int32_t), stream_));
+    return counter;
+  }
+
+  int32_t device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+inline const Tensor* pointer(const MaybeTensor& tensor) { return tensor ? &*tensor : nullptr; }
+
+template <class... Given>
+bool any_float64(const Given*... tensors) {
+  return ((tensors && tensors->scalar_type() == ScalarType::Double) || ...);
+}
+
+inline Column column_of(const MaybeTensor& tensor) {
+  if (!tensor) return {};
+  return {tensor->const_data_ptr(), dtype_of(*tensor), tensor->strides()[0]};
+}
+
+inline Number number_of(const MaybeTensor& tensor, double otherwise) {
+  if (!tensor) return {otherwise, nullptr, ScalarType::Double};
+  return {0, tensor->const_data_ptr(), dtype_of(*tensor)};
+}
+
+// run(element, scalar): how elements are read, and what is computed with.
+template <class Run>
+auto with_type(ScalarType read_as, bool float64, Run run) {
+  switch (read_as) {
+    case ScalarType::Double:
+      return run(double(), double());
+    case ScalarType::Float:
+      return run(float(), float());
+    case ScalarType::BFloat16:
+      return run(bfloat16(), float());
+    case ScalarType::Half:
+      return run(float16(), float());
+    default:
+      return float64 ? run(Any(), double()) : run(Any(), float());
+  }
+}
+
+}  // namespace fused_elbo

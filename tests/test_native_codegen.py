@@ -1,0 +1,51 @@
+"""The machine code of the CUDA library, where one was built (no GPU is needed to read it)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import sass
+
+from fused_elbo.backends.native import library
+
+LIBRARY = library.FOLDER / library.LIBRARIES["cuda"]
+README = (Path(__file__).parents[1] / "README.md").read_text()
+ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
+LATENT_FORWARD = "forward_kernelIffLNS0_6SourceE1E"
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[sass.Kernel]:
+    program = sass.cuobjdump()
+    if not LIBRARY.exists() or program is None:
+        pytest.skip(f"there is no {LIBRARY.name} (make build), or no cuobjdump to read it with")
+    return sass.kernels(LIBRARY, program)
+
+
+def test_every_kernel_is_there_for_every_target(kernels):
+    names = {k.name for k in kernels}
+    assert len(names) > 30
+    assert {(k.architecture, k.name) for k in kernels} == {(a, n) for a in ARCHITECTURES for n in names}
+
+
+def test_no_kernel_keeps_anything_in_local_memory(kernels):
+    assert {(k.architecture, k.name): k.local_bytes for k in kernels if k.local_bytes} == {}
+
+
+def test_dense_rows_are_read_and_written_16_bytes_at_a_time(kernels):
+    for k in kernels:
+        # Kernels for any strides and dtypes go by the element; some read a given KL or sum beside their tensors.
+        if not re.search(r"kernelINS_3Any", k.name):
+            assert 128 in k.loads, k
+            # Without noise the forward pass writes sums alone.
+            assert 128 in k.stores or "forward_kernel" in k.name, k
+
+
+def test_the_latent_forward_costs_what_the_readme_says(kernels):
+    said = re.search(r"^\| latent forward[^|]*, CUDA C\+\+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE)
+    measured = {k.architecture: k.per_element for k in kernels if LATENT_FORWARD in k.name}
+    assert measured.keys() == ARCHITECTURES
+    for architecture, figure in zip(("sm_80", "sm_90", "sm_100"), said.groups(), strict=True):
+        assert measured[architecture] == pytest.approx(float(figure), abs=0.06), architecture
