@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -19,6 +20,7 @@ import fused_elbo as fe
 from fused_elbo import cli
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
+RECORD = json.loads((Path(__file__).parents[1] / "benchmarks/results/cpu.json").read_text())
 N, SHAPE = 6, (3, 8, 8)
 D = math.prod(SHAPE)
 
@@ -106,3 +108,19 @@ def test_layers_are_named_as_they_are():
     root = Path(fe.__file__).parents[1]
     for name in re.findall(r"`([\w/]+\.(?:py|h|cpp))`", README):
         assert (root / name).exists() or [*root.glob(f"fused_elbo/**/{name}"), *root.glob(f"csrc/**/{name}")], name
+
+
+def test_cpu_figures_are_those_of_the_record():
+    rows = {(row["item"], row["backend"]): row for item in RECORD["items"] for row in item["rows"]}
+    shapes = {"64": "8x8", "2,560": "128x20", "262,144": "128x2048", "16.8 million": "4096x4096", "12.6 million": "4096x3072"}
+    lines = re.findall(r"^\| (latent stage|likelihood with gradient|classic)([^|]*)\|([^\n]*)\|$", README, re.MULTILINE)
+    assert len(lines) == 7
+    for stage, size, cells in lines:
+        if stage == "classic":
+            item = "classic 128x784x20"
+        else:
+            (shape,) = [s for n, s in {**shapes, "100,352": "128x784"}.items() if size.removeprefix(", ").startswith(n)]
+            item = f"{'latent' if stage == 'latent stage' else 'nll'} {shape}"
+        ours, alone = rows[item, "native"], rows[item, "native, operations alone"]
+        figures = [f for row in (ours, alone) for f in (f"{row['ms']['ours']:.3g}", *(f"{r:.2f}" for r in row["ratios"]))]
+        assert [cell.strip() for cell in cells.split("|")] == figures, item
