@@ -157,7 +157,8 @@ def cuda_recipe(torch: Torch, work: Path, options: Options) -> Recipe:
     if not gpus:
         raise NotBuilt(f"{nvcc[0]} knows none of sm_{', sm_'.join(map(str, GPUS))}: install a newer CUDA toolkit")
     targets = [*((gpu, f"sm_{gpu}") for gpu in gpus), (gpus[-1], f"compute_{gpus[-1]}")]
-    flags = ("-std=c++17", "-O3", "--threads", "2", "-Xcompiler", ",".join(("-fPIC", "-fvisibility=hidden", *WARNINGS)),
+    flags = ("-std=c++17", "-O3", "--threads", "2", "-Xfatbin=-compress-all",
+             "-Xcompiler", ",".join(("-fPIC", "-fvisibility=hidden", *WARNINGS)),
              *(("-Xcompiler", "-Werror", "-Werror", "all-warnings") if options.strict else ()),
              "-DUSE_CUDA", *_torch_flags(torch),
              *(f"-gencode=arch=compute_{gpu},code={code}" for gpu, code in targets))  # fmt: skip

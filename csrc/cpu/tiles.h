@@ -208,7 +208,7 @@ template <class T>
 Tensor empty(int64_t dims, int64_t size) {
   const int64_t stride = 1;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dims, &size, &stride, std::is_same_v<T, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
       aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);

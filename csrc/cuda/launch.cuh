@@ -15,8 +15,9 @@ constexpr int THREADS = 128, WARP = 32, WARP_LOG2 = 5;
 // Elements that a thread takes at a time at most, and 16-byte loads that it has in flight.
 constexpr int RUN = 16, LOADS_AHEAD = 8;
 
-// What each block leaves is added up by the last, alone.
-constexpr int64_t MOST_BLOCKS = 8192;
+// What each block leaves is added up by the last alone, so from many blocks on each takes several shares. It adds up theirs one
+// by one, so these are bounded.
+constexpr int64_t MANY_BLOCKS = 8192, MOST_IN_TURN = 16;
 
 // Blocks of a multiprocessor that the compiler has to leave registers for.
 template <class S>
@@ -49,8 +50,8 @@ struct Plan {
     chunks = (units + chunk - 1) / chunk;
     const int64_t rows_in_share = THREADS >> threads_log2;
     shares = (shape.rows + rows_in_share - 1) / rows_in_share * chunks;
-    const int64_t in_turn = split() ? 1 : (shares + MOST_BLOCKS - 1) / MOST_BLOCKS;
-    grid = in_turn > 1 ? (shares + in_turn - 1) / in_turn : shares;
+    const int64_t in_turn = split() ? 1 : std::clamp<int64_t>((shares + MANY_BLOCKS - 1) / MANY_BLOCKS, 1, MOST_IN_TURN);
+    grid = (shares + in_turn - 1) / in_turn;
   }
 
   FE_FN int threads() const { return 1 << threads_log2; }
