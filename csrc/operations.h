@@ -39,6 +39,14 @@ void gaussian_nll_backward(Tensor g_nll, Tensor x_hat, Tensor x, double scale, s
 
 void rescale_(std::vector<Tensor> gradients, Tensor upstream, double expected, MaybeTensor expected_tensor);
 
+inline const Tensor* pointer(const MaybeTensor& tensor) { return tensor ? &*tensor : nullptr; }
+
+// Whether what is computed with is float64.
+template <class... Given>
+bool any_float64(const Given*... tensors) {
+  return ((tensors && tensors->scalar_type() == torch::headeronly::ScalarType::Double) || ...);
+}
+
 }  // namespace fused_elbo
 
 #define FUSED_ELBO_REGISTER(DISPATCH_KEY)                                                 \

@@ -176,13 +176,6 @@ class Tiles {
   int64_t size_[K] = {};
 };
 
-inline const Tensor* pointer(const MaybeTensor& tensor) { return tensor ? &*tensor : nullptr; }
-
-template <class... Tensors>
-bool any_float64(const Tensors*... tensors) {
-  return ((tensors && tensors->scalar_type() == ScalarType::Double) || ...);
-}
-
 template <class T>
 const Kernels<T>& kernels() {
   if constexpr (std::is_same_v<T, double>)

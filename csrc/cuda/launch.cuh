@@ -116,13 +116,6 @@ class Launcher {
   cudaStream_t stream_;
 };
 
-inline const Tensor* pointer(const MaybeTensor& tensor) { return tensor ? &*tensor : nullptr; }
-
-template <class... Given>
-bool any_float64(const Given*... tensors) {
-  return ((tensors && tensors->scalar_type() == ScalarType::Double) || ...);
-}
-
 inline Column column_of(const MaybeTensor& tensor) {
   if (!tensor) return {};
   return {tensor->const_data_ptr(), dtype_of(*tensor), tensor->strides()[0]};

@@ -127,15 +127,13 @@ def gaussian_nll_backward(
 
 
 def rescale_(gradients: Sequence[Tensor], upstream: Tensor, expected: float | Tensor) -> None:
-    gradients = [g for g in gradients if g.numel()]
     if type(upstream) not in _PLAIN:
         return reference.rescale_(gradients, upstream, expected)
-    if isinstance(expected, Tensor):
-        return _rescale(gradients, upstream, 0.0, expected)
     # On a CPU a look at the value costs less than the call.
-    if upstream.is_cpu and upstream.item() == expected:
+    if not isinstance(expected, Tensor) and upstream.is_cpu and upstream.item() == expected:
         return None
-    return _rescale(gradients, upstream, expected, None)
+    expected, expected_tensor = (0.0, expected) if isinstance(expected, Tensor) else (expected, None)
+    return _rescale([g for g in gradients if g.numel()], upstream, expected, expected_tensor)
 
 
 _NO_NOISE = Noise()
