@@ -209,7 +209,7 @@ def our_classic(x_hat: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensors
 
 def latent_operations(backend: ModuleType, inputs: Tensors, upstream: Tensors) -> Tensors:
     mu, logvar = inputs
-    noise = Noise(seed=fe.functional.draw_seed(mu.device))
+    noise = Noise(seed=fe.sampling.draw_seed(mu.device))
     z, kl = backend.rsample_kl(mu, logvar, noise, want_kl=True)
     out = Gradients(mu=torch.empty_like(mu), logvar=torch.empty_like(logvar))
     backend.rsample_kl_backward(*upstream, mu, logvar, noise, out)
@@ -226,7 +226,7 @@ def nll_operations(backend: ModuleType, inputs: Tensors, upstream: Tensors) -> T
 
 def classic_operations(backend: ModuleType, inputs: Tensors, upstream: Tensors) -> Tensors:
     x_hat, x, mu, logvar = inputs
-    noise = Noise(seed=fe.functional.draw_seed(mu.device))
+    noise = Noise(seed=fe.sampling.draw_seed(mu.device))
     z, _ = backend.rsample_kl(mu, logvar, noise, want_kl=False)
     out = Gradients(x_hat=torch.empty_like(x_hat), mu=torch.empty_like(mu), logvar=torch.empty_like(logvar))
     loss, *_ = backend.elbo(x_hat, x, mu, logvar, None, 1.0, Gaussian(), out, weight=1 / len(x))

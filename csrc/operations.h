@@ -13,6 +13,8 @@
 #include <tuple>
 #include <vector>
 
+#include "choices.h"
+
 namespace fused_elbo {
 
 using torch::stable::Tensor;
@@ -39,6 +41,26 @@ void gaussian_nll_backward(Tensor g_nll, Tensor x_hat, Tensor x, double scale, s
 
 void rescale_(std::vector<Tensor> gradients, Tensor upstream, double expected, MaybeTensor expected_tensor);
 
+// x_hat is (A, B, ...); x (also uint8), log_scale_tensor, weight, mask (bool) and the gradients have its shape, upstream, nll
+// and slope are (A, B). What is to be written is given; without upstream there are no gradients.
+void likelihood(Tensor x_hat, Tensor x, MaybeTensor log_scale_tensor, MaybeTensor weight, MaybeTensor mask,
+                MaybeTensor upstream, int64_t family, int64_t activation, double log_scale, double constant, double scale,
+                double shift, MaybeTensor nll, MaybeTensor slope, MaybeTensor g_x_hat, MaybeTensor g_x,
+                MaybeTensor g_log_scale);
+
+// mu, raw, prior_mean, prior_raw and kl_elements are (N, ...), z and eps (K, N, ...), kl_rows (N,), log_ratio (K, N).
+void posterior(Tensor mu, Tensor raw, MaybeTensor prior_mean, MaybeTensor prior_raw, MaybeTensor seed, MaybeTensor eps,
+               int64_t first_index, int64_t offset, int64_t param, double min_std, int64_t clamp, double low, double high,
+               std::optional<double> free_bits, MaybeTensor z, MaybeTensor kl_rows, MaybeTensor kl_elements,
+               MaybeTensor log_ratio);
+
+// g_z is (K, N, ...), g_kl (N, ...), g_log_ratio and path_weight (K, N), K `samples`.
+void posterior_backward(MaybeTensor g_z, MaybeTensor g_kl, MaybeTensor g_log_ratio, MaybeTensor path_weight, Tensor mu,
+                        Tensor raw, MaybeTensor prior_mean, MaybeTensor prior_raw, MaybeTensor seed, MaybeTensor eps,
+                        int64_t first_index, int64_t offset, int64_t samples, int64_t param, double min_std, int64_t clamp,
+                        double low, double high, std::optional<double> free_bits, double posterior_share, double prior_share,
+                        MaybeTensor g_mu, MaybeTensor g_raw, MaybeTensor g_prior_mean, MaybeTensor g_prior_raw);
+
 inline const Tensor* pointer(const MaybeTensor& tensor) { return tensor ? &*tensor : nullptr; }
 
 // Whether what is computed with is float64.
@@ -56,4 +78,7 @@ bool any_float64(const Given*... tensors) {
     library.impl("elbo", TORCH_BOX(&fused_elbo::elbo));                                   \
     library.impl("gaussian_nll_backward", TORCH_BOX(&fused_elbo::gaussian_nll_backward)); \
     library.impl("rescale_", TORCH_BOX(&fused_elbo::rescale_));                           \
+    library.impl("likelihood", TORCH_BOX(&fused_elbo::likelihood));                       \
+    library.impl("posterior", TORCH_BOX(&fused_elbo::posterior));                         \
+    library.impl("posterior_backward", TORCH_BOX(&fused_elbo::posterior_backward));       \
   }

@@ -23,20 +23,23 @@ struct Rows {
   int64_t row_strides[K], strides[K][MAX_DIMS];
 
   // keep_order: columns run in row-major order, since the noise counts them; otherwise in that of the first tensor's memory.
-  Rows(const Tensor* const (&tensors)[K], bool keep_order) {
+  // leading: how many dimensions tensor k has before those of a row, of which the last counts the rows; 1 each by default.
+  Rows(const Tensor* const (&tensors)[K], bool keep_order, const int* leading = nullptr) {
     const Tensor& first = *tensors[0];
     const auto shape = first.sizes();
+    const int start = leading ? leading[0] : 1;
+    // Numbered as the first tensor's dimensions are.
     const int64_t* all_strides[K];
     for (int k = 0; k < K; ++k) {
-      all_strides[k] = tensors[k] ? tensors[k]->strides().data() : nullptr;
-      row_strides[k] = tensors[k] && first.dim() > 0 ? all_strides[k][0] : 0;
+      all_strides[k] = tensors[k] ? tensors[k]->strides().data() + (leading ? leading[k] - start : 0) : nullptr;
+      row_strides[k] = tensors[k] && first.dim() > 0 ? all_strides[k][start - 1] : 0;
     }
     int order[MAX_DIMS], count = 0;
-    for (int d = 1; d < first.dim(); ++d)
+    for (int d = start; d < first.dim(); ++d)
       if (shape[d] != 1) order[count++] = d;
     if (!keep_order)
       std::stable_sort(order, order + count, [&](int a, int b) { return all_strides[0][a] > all_strides[0][b]; });
-    rows = first.dim() > 0 ? shape[0] : 1;
+    rows = first.dim() > 0 ? shape[start - 1] : 1;
     columns = 1;
     for (int i = 0; i < count; ++i) {
       const int d = order[i];

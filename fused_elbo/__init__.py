@@ -1,6 +1,6 @@
-"""Fused losses for variational autoencoders: sampling, Gaussian likelihood and KL, forward and backward in one pass each."""
+"""Fused losses for variational autoencoders: sampling, likelihood and KL, forward and backward in one pass each."""
 
-from . import autograd, nn
+from . import autograd, nn, schedules
 from ._version import __version__
 from .functional import (
     ELBOTerms,
@@ -8,21 +8,32 @@ from .functional import (
     elbo_loss,
     gaussian_nll,
     kl_divergence,
+    kl_per_dim,
+    nll,
     reparameterize,
     rsample_kl,
 )
+from .iwae import IWAETerms, WeightedSamples, iwae_loss, log_likelihood, rsample_log_ratio
 from .ops import backend
 
 __all__ = [
     "ELBOTerms",
+    "IWAETerms",
     "LatentSample",
+    "WeightedSamples",
     "__version__",
     "autograd",
     "backend",
     "elbo_loss",
     "gaussian_nll",
+    "iwae_loss",
     "kl_divergence",
+    "kl_per_dim",
+    "log_likelihood",
+    "nll",
     "nn",
     "reparameterize",
     "rsample_kl",
+    "rsample_log_ratio",
+    "schedules",
 ]

@@ -14,7 +14,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 def floating(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {_kind(value)}, takes a tensor")
+        raise TypeError(f"{name}: got {kind(value)}, takes a tensor")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: got dtype {value.dtype}, takes one of {', '.join(str(d) for d in FLOATING)}")
     return value
@@ -28,7 +28,10 @@ def batched(name: str, value: object) -> Tensor:
 
 
 def like(name: str, value: object, other_name: str, other: Tensor) -> Tensor:
-    value = floating(name, value)
+    return shaped(name, floating(name, value), other_name, other)
+
+
+def shaped(name: str, value: Tensor, other_name: str, other: Tensor) -> Tensor:
     if value.shape != other.shape:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, takes that of {other_name}, {tuple(other.shape)}")
     on_device(name, value, other_name, other)
@@ -83,12 +86,32 @@ def scalar(name: str, value: object, other_name: str, other: Tensor) -> float | 
     return number(name, value)
 
 
+def per_term(name: str, value: object, shape: tuple[int, ...], other_name: str, other: Tensor) -> float | Tensor:
+    """A number as of ``scalar``, or a tensor for the leading dimensions of ``shape``, with as many dimensions."""
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        return scalar(name, value, other_name, other)
+    floating(name, value)
+    on_device(name, value, other_name, other)
+    if value.shape != shape[: value.dim()]:
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}, takes one element, or leading dimensions of the terms, {shape}"
+        )
+    return value[(..., *(None,) * (len(shape) - value.dim()))]
+
+
+def grad_scale(value: object, x_hat: Tensor) -> float | Tensor:
+    value = scalar("grad_scale", value, "x_hat", x_hat)
+    if not isinstance(value, float) and value.requires_grad:
+        raise ValueError("grad_scale: got a tensor that requires grad, takes a constant: it only says what backward will bring")
+    return value
+
+
 def number(name: str, value: object) -> float:
     # To ask an abstract class takes 0.4 us.
     if type(value) is float:
         return value
     if not isinstance(value, Real):
-        raise TypeError(f"{name}: got {_kind(value)}, takes a float")
+        raise TypeError(f"{name}: got {kind(value)}, takes a float")
     return float(value)
 
 
@@ -105,12 +128,81 @@ def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     return value
 
 
+def reduction_weight(reduction: str, count: int) -> float | None:
+    """What a total multiplies the sum of its terms by; None where there is no total."""
+    return None if reduction == "none" else 1.0 if reduction == "sum" else 1.0 / count if count else math.nan
+
+
 def index(name: str, value: object, limit: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {_kind(value)}, takes an int")
+        raise TypeError(f"{name}: got {kind(value)}, takes an int")
     if not 0 <= value < limit:
         raise ValueError(f"{name}: got {value}, takes an int in [0, 2^{limit.bit_length() - 1})")
     return value
+
+
+def boolean(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {kind(value)}, takes a tensor of bools")
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name}: got dtype {value.dtype}, takes torch.bool")
+    return value
+
+
+def target(name: str, value: object) -> Tensor:
+    """Floats, or levels in uint8."""
+    if isinstance(value, Tensor) and value.dtype == torch.uint8:
+        return value
+    return floating(name, value)
+
+
+def broadcastable(name: str, value: Tensor, other_name: str, other: Tensor) -> Tensor:
+    """``value`` with as many dimensions as ``other``, to which it broadcasts."""
+    on_device(name, value, other_name, other)
+    missing = other.dim() - value.dim()
+    if missing < 0 or any(size not in (1, full) for size, full in zip(value.shape, other.shape[missing:], strict=True)):
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}, takes one that broadcasts to that of {other_name}, {tuple(other.shape)}"
+        )
+    return value[(None,) * missing] if missing else value
+
+
+def broadcast(name: str, value: Tensor, other_name: str, other: Tensor) -> Tensor:
+    """``value`` expanded to the shape of ``other``."""
+    return broadcastable(name, value, other_name, other).expand(other.shape)
+
+
+def leading(name: str, value: Tensor, other_name: str, other: Tensor) -> Tensor:
+    """``value``, for the leading dimensions of ``other`` or broadcastable to all of them, with as many dimensions."""
+    on_device(name, value, other_name, other)
+    if 0 < value.dim() <= other.dim():
+        value = value[(..., *(None,) * (other.dim() - value.dim()))]
+        if all(size in (1, full) for size, full in zip(value.shape, other.shape, strict=True)):
+            return value
+    raise ValueError(
+        f"{name}: got shape {tuple(value.shape)}, takes leading dimensions of {other_name}, or all of them, each in full or 1: "
+        f"{tuple(other.shape)}"
+    )
+
+
+def interval(name: str, value: object) -> tuple[float, float]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}: got {value!r}, takes a pair (low, high)")
+    low, high = (number(name, v) for v in value)
+    if not low < high:
+        raise ValueError(f"{name}: got {value!r}, takes low < high")
+    return low, high
+
+
+def batch_dims(value: object, other_name: str, other: Tensor) -> tuple[int, ...]:
+    """Different dimensions of ``other`` in ascending order, the first of them 0."""
+    dims = (value,) if isinstance(value, int) else value
+    if not isinstance(dims, (tuple, list)) or not all(isinstance(d, int) and -other.dim() <= d < other.dim() for d in dims):
+        raise ValueError(f"batch_dims: got {value!r}, takes dimensions of {other_name}, which has {other.dim()}")
+    dims = tuple(sorted(d % other.dim() for d in dims))
+    if dims[:1] != (0,) or len(set(dims)) < len(dims):
+        raise ValueError(f"batch_dims: got {value!r}, takes different dimensions, with 0 among them")
+    return dims
 
 
 def overwritable(name: str, value: Tensor) -> None:
@@ -121,5 +213,5 @@ def overwritable(name: str, value: Tensor) -> None:
         raise ValueError(f"inplace: got True with an expanded {name} (stride 0), takes False there")
 
 
-def _kind(value: object) -> str:
+def kind(value: object) -> str:
     return f"{value!r}" if isinstance(value, (int, float, str, type(None))) else f"a {type(value).__name__}"

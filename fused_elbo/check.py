@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from . import accuracy, functional, ops, reference
+from .cases import Operation, draw, operations
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SHAPE = (3, 5, 7)
 SEED = 20140501
-BETA = 0.7
-SIGMA = 0.6
-
-
-class Operation(NamedTuple):
-    """``fused(*inputs)`` is the library's, ``eager`` the classic lines; ``sums`` says which outputs are sums."""
-
-    fused: Callable[..., Any]
-    eager: Callable[..., Any]
-    inputs: int
-    sums: tuple[bool, ...]
+GRADCHECK_SHAPE = (2, 3, 2)
 
 
 @dataclasses.dataclass
@@ -77,58 +66,6 @@ def run(echo: Callable[[str], None] = print) -> int:
     return int(bool(failures or unclean))
 
 
-def operations() -> dict[str, Operation]:
-    """The public operations, on inputs that are each of shape ``SHAPE``."""
-    fe, n = functional, SHAPE[0]
-
-    def pack(mu: Tensor, logvar: Tensor) -> Tensor:
-        return torch.cat((mu, logvar), 1)
-
-    def nll(x_hat: Tensor, x: Tensor) -> Tensor:
-        return ((x_hat - x) ** 2).flatten(1).sum(1) / (2 * SIGMA**2) + x[0].numel() * math.log(SIGMA)
-
-    def kl(mu: Tensor, logvar: Tensor) -> Tensor:
-        return -0.5 * (1 + logvar - mu**2 - logvar.exp()).flatten(1).sum(1)
-
-    def z(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
-        return mu + eps * torch.exp(0.5 * logvar)
-
-    def elbo(x_hat: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, ...]:
-        terms = nll(x_hat, x), kl(mu, logvar)
-        return (terms[0] + BETA * terms[1]).mean(), *terms
-
-    def staged(x_hat: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, ...]:
-        divergence = fe.kl_divergence(mu, logvar, reduction="none")
-        return tuple(fe.elbo_loss(x_hat, x, kl=divergence, beta=BETA, sigma=SIGMA))
-
-    return {
-        "reparameterize": Operation(lambda m, v, e: fe.reparameterize(m, v, eps=e), z, 3, (False,)),
-        "rsample_kl": Operation(
-            lambda m, v, e: tuple(fe.rsample_kl(m, v, eps=e)), lambda m, v, e: (z(m, v, e), kl(m, v)), 3, (False, True)
-        ),
-        "rsample_kl, packed": Operation(
-            lambda m, v, e: tuple(fe.rsample_kl(pack(m, v), chunk_dim=1, eps=e)),
-            lambda m, v, e: (z(m, v, e), kl(m, v)),
-            3,
-            (False, True),
-        ),
-        "kl_divergence": Operation(fe.kl_divergence, lambda m, v: kl(m, v).mean(), 2, (True,)),
-        **{
-            f"gaussian_nll, {reduction}": Operation(
-                lambda a, b, reduction=reduction: fe.gaussian_nll(a, b, sigma=SIGMA, reduction=reduction),
-                lambda a, b, weight=weight: nll(a, b) if weight is None else weight * nll(a, b).sum(),
-                2,
-                (True,),
-            )
-            for reduction, weight in (("mean", 1 / n), ("sum", 1.0), ("none", None))
-        },
-        "elbo_loss": Operation(
-            lambda a, b, m, v: tuple(fe.elbo_loss(a, b, m, v, beta=BETA, sigma=SIGMA)), elbo, 4, (True, True, True)
-        ),
-        "elbo_loss, kl=": Operation(staged, elbo, 4, (True, True, True)),
-    }
-
-
 def check(backend: str, device: torch.device, operation: str) -> Iterator[Result]:
     """One operation (or "noise") of one backend, in every dtype."""
     for dtype in DTYPES:
@@ -154,18 +91,18 @@ def _noise(result: Result, device: torch.device) -> None:
 
 def _values_and_gradients(result: Result, operation: Operation, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(SEED)
-    draws = [torch.randn(SHAPE, generator=generator) for _ in range(operation.inputs)]
-    inputs = [d.to(device, result.dtype) for d in draws]
+    inputs = [_at(draw(kind, generator), device, result.dtype) for kind in operation.inputs]
     ours = _evaluate(operation.fused, inputs)
-    exact = _evaluate(operation.eager, [t.double() for t in inputs])
+    exact = _evaluate(operation.eager, [_at(t, device, torch.float64) for t in inputs])
     eager = _evaluate(operation.eager, inputs)
     for what, value in ours.items():
         ulps = accuracy.SUM_ULPS if what.startswith("output") and operation.sums[int(what.split()[1])] else None
         # Nothing is more exact than float64 here, so there the formulas' own cancellation is allowed for.
-        terms = torch.ones_like(value) if result.dtype == torch.float64 else None
+        magnitude = max(1.0, operation.magnitude) if result.dtype == torch.float64 else operation.magnitude
+        terms = torch.full_like(value, magnitude) if result.dtype in accuracy.NOISE else None
         _record(result, *accuracy.envelope(value, exact[what], eager[what], ulps=ulps, terms=terms), what)
-    if result.dtype == torch.float64:
-        leaves = [t[:2, :3, :2].requires_grad_() for t in inputs]
+    if result.dtype == torch.float64 and operation.function:
+        leaves = [_at(draw(kind, generator, GRADCHECK_SHAPE), device, result.dtype) for kind in operation.inputs]
         try:
             torch.autograd.gradcheck(operation.fused, leaves)
             torch.autograd.gradgradcheck(operation.fused, leaves)
@@ -173,9 +110,15 @@ def _values_and_gradients(result: Result, operation: Operation, device: torch.de
             result.failure = str(error).strip().splitlines()[0]
 
 
+def _at(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A leaf like ``t``; what is not floats keeps its dtype."""
+    return t.detach().to(device, dtype if t.is_floating_point() else t.dtype).requires_grad_(t.requires_grad)
+
+
 def _evaluate(function: Callable[..., Any], inputs: Sequence[Tensor]) -> dict[str, Tensor]:
     """Outputs by name, and for each output the gradients of all inputs, for the same upstream gradient in every dtype."""
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
+    wanted = [t for t in leaves if t.requires_grad]
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     values = {}
@@ -184,8 +127,8 @@ def _evaluate(function: Callable[..., Any], inputs: Sequence[Tensor]) -> dict[st
         # Small multiples of 1/2: the same number in every dtype. One output at a time, so that no two terms cancel.
         upstream = torch.randint(1, 9, output.shape, generator=torch.Generator().manual_seed(k)) / 2
         upstream = upstream.to(output.device, output.dtype)
-        grads = torch.autograd.grad(output, leaves, upstream, retain_graph=True, allow_unused=True)
-        for i, (grad, leaf) in enumerate(zip(grads, leaves, strict=True)):
+        grads = torch.autograd.grad(output, wanted, upstream, retain_graph=True, allow_unused=True)
+        for i, (grad, leaf) in enumerate(zip(grads, wanted, strict=True)):
             values[f"gradient {i} of output {k}"] = torch.zeros_like(leaf) if grad is None else grad
     return values
 

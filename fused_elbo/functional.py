@@ -4,21 +4,21 @@ Shapes: N samples, any number of trailing dimensions; every sum runs over all of
 Tensors are float64, float32, bfloat16 or float16, with any strides, on one device; they are read in place. Terms and losses
 are float32 (float64 for float64 inputs) and in nats; gradients have the dtype and layout of their tensor. Everything stays on
 the device: nothing waits for it.
+
+What is not the plain objective is chosen by the keyword arguments of ``fused_elbo.options``: ``PosteriorOptions``,
+``LikelihoodOptions`` and, for both, ``ELBOOptions``.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from . import arguments, ops
-from .autograd import ELBO, RsampleKL, apply, halves
-from .spec import Gaussian
-
-NOTHING = (False,) * 5
+from . import arguments, objective, options, plain, sampling
+from .options import ELBOOptions, LikelihoodOptions, PosteriorOptions
 
 
 class LatentSample(NamedTuple):
@@ -47,6 +47,10 @@ def rsample_kl(
     eps: Tensor | None = None,
     first_index: int = 0,
     offset: int = 0,
+    num_samples: int | None = None,
+    mask: Tensor | None = None,
+    batch_dims: tuple[int, ...] = (0,),
+    **posterior: Unpack[PosteriorOptions],
 ) -> LatentSample:
     """Sample the posterior N(mu, exp(logvar)) and measure its KL from N(0, I), in one pass over memory.
 
@@ -65,6 +69,11 @@ def rsample_kl(
         eps: like ``mu``, explicit noise in place of the stream.
         first_index: number of ``mu``'s first element in the stream, for a shard of a larger batch. Default 0.
         offset: 64-bit counter that separates several samples under one seed. Default 0.
+        num_samples: K samples in one pass, z of shape (K, N, ...), whose elements the stream counts in that order (with one
+            seed per sample of the batch: all K of it, then the next); ``eps`` has that shape too. Default None: one, (N, ...).
+        mask: bool, of leading dimensions of ``mu`` or broadcastable to it: where it is False the KL is not counted.
+        batch_dims: the dimensions that ``kl`` keeps, with 0 among them; it is summed over the others. Default (0,).
+        **posterior: ``PosteriorOptions``: param, min_std, clamp, soft_clamp, prior, kl_balance, free_bits, free_bits_over.
 
     Returns:
         ``z`` with ``mu``'s shape, dtype and layout, and ``kl`` (N,) in nats.
@@ -72,8 +81,11 @@ def rsample_kl(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
     """
-    source = (seed, generator, eps, first_index, offset)
-    return LatentSample(*_sample(mu, logvar, chunk_dim, sample, source, want_kl=True))
+    source = sampling.Source(seed, generator, eps, first_index, offset)
+    if num_samples is not None or mask is not None or batch_dims != (0,) or posterior:
+        chosen = {"num_samples": num_samples, "mask": mask, "batch_dims": batch_dims}
+        return LatentSample(*objective.sample(mu, logvar, chunk_dim, source, posterior, sample_=sample, **chosen)[:2])
+    return LatentSample(*plain.sample(mu, logvar, chunk_dim, sample, source, want_kl=True))
 
 
 def reparameterize(
@@ -87,20 +99,34 @@ def reparameterize(
     eps: Tensor | None = None,
     first_index: int = 0,
     offset: int = 0,
+    num_samples: int | None = None,
+    **posterior: Unpack[PosteriorOptions],
 ) -> Tensor:
     """The sample ``z`` of ``rsample_kl`` without the KL; arguments and errors are the same."""
-    source = (seed, generator, eps, first_index, offset)
-    return _sample(mu, logvar, chunk_dim, sample, source, want_kl=False)[0]
+    source = sampling.Source(seed, generator, eps, first_index, offset)
+    if num_samples is not None or posterior:
+        chosen = {"sample_": sample, "num_samples": num_samples, "want_kl": False}
+        return objective.sample(mu, logvar, chunk_dim, source, posterior, **chosen).z
+    return plain.sample(mu, logvar, chunk_dim, sample, source, want_kl=False)[0]
 
 
-def kl_divergence(mu: Tensor, logvar: Tensor | None = None, *, chunk_dim: int | None = None, reduction: str = "mean") -> Tensor:
+def kl_divergence(
+    mu: Tensor,
+    logvar: Tensor | None = None,
+    *,
+    chunk_dim: int | None = None,
+    reduction: str = "mean",
+    mask: Tensor | None = None,
+    batch_dims: tuple[int, ...] = (0,),
+    **posterior: Unpack[PosteriorOptions],
+) -> Tensor:
     """``KL(N(mu, exp(logvar)) || N(0, I))`` in nats, summed over all dimensions but the batch's.
 
     Kingma and Welling 2014 (arXiv:1312.6114), appendix B. Evaluated as ``1/2 (mu^2 + expm1(logvar) - logvar)`` with a series
     near 0: relative error under 1e-6 in float32, never negative.
 
     Args:
-        mu, logvar, chunk_dim: as for ``rsample_kl``.
+        mu, logvar, chunk_dim, mask, batch_dims, **posterior: as for ``rsample_kl``.
         reduction: "mean" over the batch (default), "sum", or "none" for (N,).
 
     Returns:
@@ -109,21 +135,81 @@ def kl_divergence(mu: Tensor, logvar: Tensor | None = None, *, chunk_dim: int | 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
     """
-    mu, logvar, chunk_dim = arguments.latent(mu, logvar, chunk_dim)
     arguments.choice("reduction", reduction, arguments.REDUCTIONS)
-    kl = _latent(mu, logvar, chunk_dim, want_kl=True)[1]
+    if mask is not None or batch_dims != (0,) or posterior:
+        chosen = {"sample_": False, "mask": mask, "batch_dims": batch_dims}
+        kl = objective.sample(mu, logvar, chunk_dim, sampling.Source(), posterior, **chosen).kl
+    else:
+        kl = plain.latent(*arguments.latent(mu, logvar, chunk_dim), want_kl=True)[1]
     return kl if reduction == "none" else getattr(kl, reduction)()
+
+
+def kl_per_dim(
+    mu: Tensor, logvar: Tensor | None = None, *, chunk_dim: int | None = None, **posterior: Unpack[PosteriorOptions]
+) -> Tensor:
+    """The KL of each latent dimension, averaged over the batch, in nats: what tells used dimensions from collapsed ones.
+
+    Args:
+        mu, logvar, chunk_dim, **posterior: as for ``rsample_kl``; ``free_bits`` is not for a monitor.
+
+    Returns:
+        A tensor of ``mu``'s shape without the batch dimension; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
+    """
+    options.known(posterior, options.POSTERIOR_NAMES - {"free_bits", "free_bits_over"})
+    everything = tuple(range(arguments.batched("mu", mu).dim()))
+    chosen = {"sample_": False, "batch_dims": everything}
+    return objective.sample(mu, logvar, chunk_dim, sampling.Source(), posterior, **chosen).kl.mean(0)
+
+
+def nll(
+    x_hat: Tensor,
+    x: Tensor,
+    *,
+    sigma: float | str = 1.0,
+    full: bool = False,
+    reduction: str = "mean",
+    grad_scale: float | Tensor = 1.0,
+    **likelihood: Unpack[LikelihoodOptions],
+) -> Tensor:
+    """``-ln p(x | z)`` of any likelihood, with its gradient in the same pass over memory.
+
+    With y = activation(x_hat) and scale s: "gaussian" ``(x - y)^2 / (2 s^2) + ln s``; "laplace" ``|x - y| / s + ln s``;
+    "bernoulli" ``softplus(y) - x y``; "discretized_logistic" ``-ln(F((x + d/2 - y) / s) - F((x - d/2 - y) / s))`` with F the
+    logistic function and d the distance of two levels, the first and last of which have the tails too. Summed over all but
+    the batch.
+
+    Args:
+        x_hat, x, full, reduction, grad_scale: as for ``gaussian_nll``; x may be uint8. ``full`` adds ln 2 for "laplace".
+        sigma: the scale s, or "optimal" for the maximum likelihood of the batch, ``sigma^2 = mean (x - y)^2`` over all
+            (weighted, observed) elements (sigma-VAE, arXiv:2006.13202, eq. 5), part of the function that is differentiated. It
+            takes a second reading of x_hat and x, in the backward, and has no value where the error is 0. Default 1.
+        **likelihood: ``LikelihoodOptions``: likelihood, log_sigma, min_log_sigma, activation, scale, shift, weight, mask,
+            batch_dims.
+
+    Returns:
+        A scalar, or for "none" the terms, (N,) or of the shape of ``batch_dims``; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
+    """
+    return objective.likelihood(
+        objective.checked(x_hat, x, sigma, full, likelihood, reduction=reduction, grad_scale=grad_scale)
+    )[0]
 
 
 def gaussian_nll(
     x_hat: Tensor,
     x: Tensor,
     *,
-    sigma: float = 1.0,
+    sigma: float | str = 1.0,
     full: bool = False,
     reduction: str = "mean",
     grad_scale: float | Tensor = 1.0,
     inplace: bool = False,
+    **likelihood: Unpack[LikelihoodOptions],
 ) -> Tensor:
     """``-ln N(x; x_hat, sigma^2 I)``, with its gradient in the same pass over memory.
 
@@ -134,12 +220,14 @@ def gaussian_nll(
         x_hat: (N, ...) the decoder's mean.
         x: like ``x_hat``, the data; its dtype may differ.
         sigma: standard deviation of the decoder, positive. ``C sum (x - x_hat)^2`` is ``sigma = sqrt(1 / (2 C))``. Default 1.
+            Or "optimal", as for ``nll``.
         full: keep the constant ``D/2 ln 2 pi``. Default False.
         reduction: "mean" over the batch (default), "sum", or "none" for (N,). With "none" the gradient is computed in the
             backward, from the upstream gradient of every sample.
         grad_scale: the upstream gradient to expect (1 / accumulation steps, a GradScaler's scale), a float or one element on
             the device. The gradient is computed for it at once; another upstream gradient is right too, only slower. Default 1.
-        inplace: write the gradient over ``x_hat``, which must not be used again. Default False.
+        inplace: write the gradient over ``x_hat``, which must not be used again. For the plain objective. Default False.
+        **likelihood: as for ``nll``.
 
     Returns:
         A scalar, or (N,) for "none"; float32, or float64 for float64 inputs.
@@ -147,7 +235,12 @@ def gaussian_nll(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
     """
-    return _elbo(x_hat, x, None, None, None, None, 1.0, sigma, full, reduction, grad_scale, inplace)[0]
+    if likelihood or isinstance(sigma, str) or objective.levels(x):
+        _not_inplace(inplace)
+        return objective.likelihood(
+            objective.checked(x_hat, x, sigma, full, likelihood, reduction=reduction, grad_scale=grad_scale)
+        )[0]
+    return plain.elbo(x_hat, x, None, None, None, None, 1.0, sigma, full, reduction, grad_scale, inplace)[0]
 
 
 def elbo_loss(
@@ -159,11 +252,12 @@ def elbo_loss(
     kl: Tensor | None = None,
     chunk_dim: int | None = None,
     beta: float | Tensor = 1.0,
-    sigma: float = 1.0,
+    sigma: float | str = 1.0,
     full: bool = False,
     reduction: str = "mean",
     grad_scale: float | Tensor = 1.0,
     inplace: bool = False,
+    **chosen: Unpack[ELBOOptions],
 ) -> ELBOTerms:
     """The negative ELBO, ``mean_n (nll_n + beta kl_n)``, and all its gradients in one pass over memory.
 
@@ -173,12 +267,15 @@ def elbo_loss(
     Args:
         x_hat, x, sigma, full, reduction, grad_scale, inplace: as for ``gaussian_nll``.
         mu, logvar, chunk_dim: as for ``rsample_kl``.
-        kl: (N,) the KL per sample, in place of ``mu`` and ``logvar``.
-        beta: weight of the KL, a float or one element on the device. Annealing it never waits for the device; under
-            ``torch.compile`` anneal a tensor, since each new float is a new graph. Default 1.
+        kl: (N,) the KL per sample, in place of ``mu`` and ``logvar``; with ``batch_dims``, of their shape.
+        beta: weight of the KL: a float, one element on the device, or (N,), one weight per sample. Annealing it never waits for
+            the device; under ``torch.compile`` anneal a tensor, since each new float is a new graph. Default 1.
+        **chosen: ``ELBOOptions``: those of ``nll``, those of ``rsample_kl`` for ``mu`` and ``logvar``, and capacity. With
+            ``kl`` given, ``free_bits`` takes ``free_bits_over="sample"``; the others belong to the call that made it.
 
     Returns:
-        ``loss``, ``nll`` (N,) and ``kl`` (N,); the terms may be differentiated as well.
+        ``loss``, ``nll`` (N,) and ``kl`` (N,), before ``beta`` and what else controls it; the terms may be differentiated as
+        well.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
@@ -188,133 +285,19 @@ def elbo_loss(
         raise ValueError(f"kl: got {got} of mu and kl, takes the posterior (mu, logvar) or kl=, the KL per sample")
     if mu is None and (logvar is not None or chunk_dim is not None):
         raise ValueError("mu: got None with logvar or chunk_dim, takes the posterior's mean or packed moments")
-    loss, nll, kl_out = _elbo(x_hat, x, mu, logvar, kl, chunk_dim, beta, sigma, full, reduction, grad_scale, inplace)
+    if (
+        chosen
+        or isinstance(sigma, str)
+        or objective.levels(x)
+        or objective.many(beta)
+        or (isinstance(kl, Tensor) and kl.dim() > 1)
+    ):
+        _not_inplace(inplace)
+        return ELBOTerms(*objective.elbo(x_hat, x, mu, logvar, kl, chunk_dim, beta, sigma, full, reduction, grad_scale, chosen))
+    loss, nll, kl_out = plain.elbo(x_hat, x, mu, logvar, kl, chunk_dim, beta, sigma, full, reduction, grad_scale, inplace)
     return ELBOTerms(loss, nll, kl if mu is None else kl_out)
 
 
-def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """The seed that a sample takes where none is given: one int64 draw, shape (), from a generator of ``device``.
-
-    Raises:
-        ValueError: the generator is of another kind of device.
-    """
-    if generator is not None and generator.device.type != device.type:
-        raise ValueError(f"generator: got one of device {generator.device}, takes one of {device}")
-    return torch.randint(-(2**63), 2**63 - 1, (), device=device, generator=generator)
-
-
-def _elbo(
-    x_hat: Tensor,
-    x: Tensor,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    kl: Tensor | None,
-    chunk_dim: int | None,
-    beta: float | Tensor,
-    sigma: float,
-    full: bool,
-    reduction: str,
-    grad_scale: float | Tensor,
-    inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    x_hat = arguments.batched("x_hat", x_hat)
-    x = arguments.like("x", x, "x_hat", x_hat)
-    count = x_hat.shape[0]
-    if mu is not None:
-        mu, logvar, chunk_dim = arguments.latent(mu, logvar, chunk_dim)
-        if mu.shape[0] != count:
-            raise ValueError(f"mu: got a batch of {mu.shape[0]}, takes that of x_hat, {count}")
-        arguments.on_device("mu", mu, "x_hat", x_hat)
-    if kl is not None:
-        kl = arguments.per_sample("kl", kl, "x_hat", x_hat)
-    beta = arguments.scalar("beta", beta, "x_hat", x_hat)
-    grad_scale = arguments.scalar("grad_scale", grad_scale, "x_hat", x_hat)
-    if not isinstance(grad_scale, float) and grad_scale.requires_grad:
-        raise ValueError("grad_scale: got a tensor that requires grad, takes a constant: it only says what backward will bring")
-    likelihood = Gaussian(arguments.positive("sigma", sigma), bool(full))
-    arguments.choice("reduction", reduction, arguments.REDUCTIONS)
+def _not_inplace(inplace: bool) -> None:
     if inplace:
-        if reduction == "none":
-            raise ValueError('inplace: got True with reduction "none", takes False there: its gradient comes in the backward')
-        arguments.overwritable("x_hat", x_hat)
-    weight = None if reduction == "none" else 1.0 if reduction == "sum" else 1.0 / count if count else math.nan
-    needs = NOTHING
-    if torch.is_grad_enabled():
-        needs = (
-            x_hat.requires_grad,
-            x.requires_grad,
-            mu is not None and mu.requires_grad,
-            logvar is not None and logvar.requires_grad,
-            kl is not None and kl.requires_grad,
-        )
-    options = (chunk_dim, likelihood, weight, needs, inplace and needs[0], ops.select(x_hat.device))
-    return apply(ELBO, x_hat, x, mu, logvar, kl, beta, grad_scale, options)[:3]
-
-
-def _sample(
-    mu: Tensor,
-    logvar: Tensor | None,
-    chunk_dim: int | None,
-    sample: bool,
-    source: tuple[int | Tensor | None, torch.Generator | None, Tensor | None, int, int],
-    *,
-    want_kl: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """``z``, the mean itself where no sample is wanted, and the KL if it is."""
-    mu, logvar, chunk_dim = arguments.latent(mu, logvar, chunk_dim)
-    if sample:
-        return _latent(mu, logvar, chunk_dim, *_noise(mu, chunk_dim, *source), want_kl=want_kl)
-    mean, _ = halves(mu, logvar, chunk_dim)
-    return mean, _latent(mu, logvar, chunk_dim, want_kl=True)[1] if want_kl else None
-
-
-def _latent(
-    mu: Tensor,
-    logvar: Tensor | None,
-    chunk_dim: int,
-    seed: Tensor | None = None,
-    eps: Tensor | None = None,
-    first_index: int = 0,
-    offset: int = 0,
-    *,
-    want_kl: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    return apply(RsampleKL, mu, logvar, seed, eps, (first_index, offset, chunk_dim, want_kl, ops.select(mu.device)))
-
-
-def _noise(
-    mu: Tensor,
-    chunk_dim: int,
-    seed: int | Tensor | None,
-    generator: torch.Generator | None,
-    eps: Tensor | None,
-    first_index: int,
-    offset: int,
-) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """``seed, eps, first_index, offset`` as tensors and ints that fit ``mu``."""
-    if (seed is not None) + (generator is not None) + (eps is not None) > 1:
-        first, second, *_ = (name for name, v in (("seed", seed), ("generator", generator), ("eps", eps)) if v is not None)
-        raise ValueError(f"{second}: got it together with {first}, takes at most one of seed, generator and eps")
-    arguments.index("first_index", first_index, 2**62)
-    arguments.index("offset", offset, 2**64)
-    if eps is not None:
-        return None, arguments.like("eps", eps, "mu", halves(mu, None, chunk_dim)[0]), first_index, offset
-    return _seed(mu, seed, generator), None, first_index, offset
-
-
-def _seed(mu: Tensor, seed: int | Tensor | None, generator: torch.Generator | None) -> Tensor:
-    if seed is None:
-        return draw_seed(mu.device, generator)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64:
-            raise TypeError(f"seed: got dtype {seed.dtype}, takes torch.int64")
-        if seed.shape not in ((), mu.shape[:1]):
-            raise ValueError(f"seed: got shape {tuple(seed.shape)}, takes () or, one per sample, {tuple(mu.shape[:1])}")
-        arguments.on_device("seed", seed, "mu", mu)
-        return seed
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed: got {seed!r}, takes an int or an int64 tensor")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed: got {seed}, takes 64 bits")
-    signed = seed - 2**64 if seed >= 2**63 else seed
-    return torch.full((), signed, dtype=torch.int64, device=mu.device)
+        raise ValueError("inplace: got True with options beyond the plain objective's, takes False there")

@@ -44,6 +44,76 @@ class Gaussian(NamedTuple):
         return math.log(self.sigma) + (LOG_SQRT_2PI if self.full else 0.0)
 
 
+FAMILIES = ("gaussian", "laplace", "bernoulli", "discretized_logistic")
+ACTIVATIONS = ("identity", "sigmoid", "tanh")
+PARAMS = ("logvar", "log_std", "std", "var", "softplus")
+
+# A uint8 target takes these values.
+LAST_LEVEL = 255
+
+
+class Likelihood(NamedTuple):
+    """Any decoder p(x|z), a product over elements.
+
+    Attributes:
+        family: one of ``FAMILIES``.
+        activation: one of ``ACTIVATIONS``; maps the decoder's output to the location x_hat.
+        log_scale: logarithm of the scale (sigma; b of Laplace; s of the logistic), where no tensor gives it.
+        full: keep the constant that does not depend on the scale (1/2 ln 2 pi; ln 2 of Laplace).
+        scale, shift: a uint8 target u stands for x = scale u + shift. Of no meaning for a target of floats.
+    """
+
+    family: str = "gaussian"
+    activation: str = "identity"
+    log_scale: float = 0.0
+    full: bool = False
+    scale: float = 1.0
+    shift: float = 0.0
+
+    @property
+    def constant(self) -> float:
+        """What ``full`` adds to the negative log-likelihood of an element, in nats."""
+        return {"gaussian": LOG_SQRT_2PI, "laplace": math.log(2.0)}.get(self.family, 0.0) if self.full else 0.0
+
+
+class Posterior(NamedTuple):
+    """How the posterior's second parameter, and the prior's, is to be read, and what becomes of an element's KL.
+
+    Attributes:
+        param: one of ``PARAMS``: what the raw parameter is; "softplus" says std = softplus(raw) + min_std.
+        min_std: for "softplus" alone.
+        clamp: bounds of the posterior's raw parameter, before anything else.
+        soft: the bounds are approached, hi - softplus(hi - raw) and then lo + softplus(raw - lo), instead of cut.
+        free_bits: an element's KL is at least this many nats, and has no gradient below.
+        posterior_share, prior_share: factors of the KL's gradients (not of its value) for the two distributions.
+    """
+
+    param: str = "logvar"
+    min_std: float = 0.0
+    clamp: tuple[float, float] | None = None
+    soft: bool = False
+    free_bits: float | None = None
+    posterior_share: float = 1.0
+    prior_share: float = 1.0
+
+
+class DataGradients(NamedTuple):
+    """Buffers for gradients of ``likelihood``'s tensors, each of their one shape, any strides; None where not needed."""
+
+    x_hat: Tensor | None = None
+    x: Tensor | None = None
+    log_scale: Tensor | None = None
+
+
+class PosteriorGradients(NamedTuple):
+    """Buffers for gradients of ``posterior``'s tensors, each of the mean's shape, any strides; None where not needed."""
+
+    mu: Tensor | None = None
+    raw: Tensor | None = None
+    prior_mean: Tensor | None = None
+    prior_raw: Tensor | None = None
+
+
 class Gradients(NamedTuple):
     """Buffers that a forward pass fills with gradients; None where a gradient is not needed.
 

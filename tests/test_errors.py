@@ -120,7 +120,7 @@ CASES = [
             ((T, T, META, META), {}, ValueError, "mu", ("meta", "x_hat", "cpu")),
             ((T, T, T, T), {"beta": "1"}, TypeError, "beta", ("'1'", "float")),
             ((T, T, T, T), {"beta": None}, TypeError, "beta", ("None", "float")),
-            ((T, T, T, T), {"beta": ROW}, ValueError, "beta", ("(3,)", "one element")),
+            ((T, T, T, T), {"beta": ROW[:2]}, ValueError, "beta", ("(2,)", "one element", "(3,)")),
             ((T, T, T, T), {"beta": KEYS[0]}, TypeError, "beta", ("torch.int64", "torch.float32")),
             ((T, T, T, T), {"beta": SCALAR.to("meta")}, ValueError, "beta", ("meta", "cpu")),
         ]

@@ -371,10 +371,9 @@ constexpr Kernels<T> kernels() {
 }  // namespace
 
 extern const InstructionSet instruction_set = {
-    FE_NAME(FE_ISA),
-    kernels<float>(),
-    kernels<double>(),
-    {widen<widened_bfloat16>, narrow<narrowed_bfloat16>, widen<widened_float16>, narrow<narrowed_float16>}};
+    FE_NAME(FE_ISA),   kernels<float>(),
+    kernels<double>(), {widen<widened_bfloat16>, narrow<narrowed_bfloat16>, widen<widened_float16>, narrow<narrowed_float16>},
+    &likelihood_table, &posterior_table};
 
 }  // namespace FE_ISA
 }  // namespace fused_elbo

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../choices.h"
+
 namespace fused_elbo {
 
 // T is float or double. Every loop takes n elements, any n; a pointer may be null where it says so.
@@ -39,25 +41,132 @@ struct Conversions {
   void (*to_float16)(const float* from, uint16_t* to, int64_t n);
 };
 
+// Elements of a likelihood; the tensors that are absent and the results that are not wanted are null.
+template <class T>
+struct LikelihoodTile {
+  const T *x_hat, *x, *log_scale, *weight;
+  const T* mask;  // 1 or 0
+  const T* upstream;
+  T *nll, *slope;
+  T *g_x_hat, *g_x, *g_log_scale;
+};
+
+template <class T>
+struct LikelihoodOptions {
+  Family family;
+  Activation activation;
+  bool levels;  // x holds those of a uint8 target
+  T log_scale, constant, scale, shift;
+};
+
+// Elements of posterior and prior; raw is clamped.
+template <class T>
+struct PosteriorTile {
+  const T *mu, *raw;
+  const T *prior_mean, *prior_raw;  // null: absent
+};
+
+// What the parameters stand for: standard deviations and the difference d of the log-variances. prior_std stays as it is where
+// there is no prior_raw.
+template <class T>
+struct MomentsTile {
+  T *sigma, *d, *prior_std;
+};
+
+template <class T>
+struct PosteriorOptions {
+  Param param;
+  Clamp clamp;
+  T min_std, low, high;
+  T free_bits;  // 0: none
+  T posterior_share, prior_share;
+};
+
+// Upstream gradients of one sample, an element each; null: absent.
+template <class T>
+struct UpstreamTile {
+  const T *g_z, *g_ratio, *path_weight;
+};
+
+// Sums over samples of the gradients by mu and sigma, the prior's mean and its log-variance. The last two are null where
+// log_ratio has no gradient.
+template <class T>
+struct SampleSums {
+  T *mu, *sigma, *prior_mean, *prior_logvar;
+};
+
+template <class T>
+struct PosteriorGradientTile {
+  T *mu, *raw, *prior_mean, *prior_raw;  // null: not wanted
+};
+
+template <class T>
+struct LikelihoodKernels {
+  void (*from_uint8)(const uint8_t* from, T* to, int64_t n);
+  void (*likelihood)(const LikelihoodTile<T>& tile, const LikelihoodOptions<T>& options, int64_t n);
+};
+
+template <class T>
+struct PosteriorKernels {
+  void (*clamp)(const T* raw, T* clamped, const PosteriorOptions<T>& options, int64_t n);
+
+  // The moments, and the KL where kl is not null.
+  void (*moments)(const PosteriorTile<T>& tile, const MomentsTile<T>& out, T* kl, const PosteriorOptions<T>& options,
+                  int64_t n);
+
+  // z = mu + eps sigma, and its log_ratio where that is not null.
+  void (*sample)(const PosteriorTile<T>& tile, const MomentsTile<T>& at, const T* eps, T* z, T* log_ratio, int64_t n);
+
+  // The gradients that one sample gives: to the sums, or the first of them.
+  void (*sample_backward)(const PosteriorTile<T>& tile, const MomentsTile<T>& at, const T* eps, const UpstreamTile<T>& upstream,
+                          const SampleSums<T>& sums, bool first, int64_t n);
+
+  // Those sums (null: no samples) and the KL's gradient, for its upstream gradient c (null: none), to the parameters. by_logvar
+  // (null: none) is what the posterior's log-variance gets beside.
+  void (*finish)(const PosteriorTile<T>& tile, const MomentsTile<T>& at, const SampleSums<T>& sums, const T* by_logvar,
+                 const T* c, const PosteriorGradientTile<T>& out, const PosteriorOptions<T>& options, int64_t n);
+
+  // The gradient of the raw parameter, in place, from that of the clamped one.
+  void (*clamp_backward)(const T* raw, T* gradient, const PosteriorOptions<T>& options, int64_t n);
+};
+
+template <class Float32, class Float64>
+struct Both {
+  Float32 float32;
+  Float64 float64;
+};
+
+using LikelihoodTable = Both<LikelihoodKernels<float>, LikelihoodKernels<double>>;
+using PosteriorTable = Both<PosteriorKernels<float>, PosteriorKernels<double>>;
+
 struct InstructionSet {
   const char* name;
   Kernels<float> float32;
   Kernels<double> float64;
   Conversions conversions;
+  const LikelihoodTable* likelihood;
+  const PosteriorTable* posterior;
 };
 
 constexpr int64_t NORMALS_SLACK = 64;
 
+#ifdef FE_ISA
+namespace FE_ISA {
+extern const LikelihoodTable likelihood_table;
+extern const PosteriorTable posterior_table;
+}  // namespace FE_ISA
+#endif
+
 namespace portable {
 extern const InstructionSet instruction_set;
-}
+}  // namespace portable
 #ifdef FE_X86
 namespace avx2 {
 extern const InstructionSet instruction_set;
-}
+}  // namespace avx2
 namespace avx512 {
 extern const InstructionSet instruction_set;
-}
+}  // namespace avx512
 #endif
 
 // The widest that the processor has, or the one that FUSED_ELBO_CPU names; null if it does not have that one.

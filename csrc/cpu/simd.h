@@ -16,6 +16,7 @@
 #ifndef __clang__
 // GCC 12 warns about its own header: what an intrinsic leaves undefined is undefined on purpose.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop

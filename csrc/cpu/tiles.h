@@ -64,6 +64,13 @@ class RowSums {
       for (int64_t r = 0; r < tile.rows; ++r) sums_[tile.row + r] = kernels.sum(terms + r * tile.columns, tile.columns);
   }
 
+  // A tile all of whose terms are kept.
+  template <class T>
+  void add(const Tile& tile, const T* terms, const Kernels<T>& kernels) {
+    add(tile.row * grid_.tiles_per_row + tile.column / TILE, tile, wants_terms(tile) ? 0 : kernels.sum(terms, tile.columns),
+        terms, kernels);
+  }
+
   double operator[](int64_t row) const {
     if (grid_.tiles_per_row == 1) return sums_[row];
     double sum = 0;

@@ -31,6 +31,11 @@ FE_DEVICE float root(float v) {
   return v;
 }
 
+FE_DEVICE float reciprocal(float v) {
+  asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(v));
+  return v;
+}
+
 FE_DEVICE float sine(float v) {
   asm("sin.approx.ftz.f32 %0, %0;" : "+f"(v));
   return v;

@@ -325,7 +325,7 @@ class Row<Any, S, SIZE> {
     });
   }
 
- private:
+ protected:
   FE_DEVICE void find(int offset, int first, int last, int64_t (&places)[SIZE]) const {
 #pragma unroll
     for (int i = 0; i < SIZE; ++i) {

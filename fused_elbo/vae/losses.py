@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..functional import ELBOTerms, draw_seed, elbo_loss
+from ..functional import ELBOTerms, elbo_loss
+from ..sampling import draw_seed
 from .model import VAE
 
 

@@ -16,7 +16,20 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from ...spec import Gaussian, Gradients, Noise, elements_per_sample
+from ...spec import (
+    ACTIVATIONS,
+    FAMILIES,
+    PARAMS,
+    DataGradients,
+    Gaussian,
+    Gradients,
+    Likelihood,
+    Noise,
+    Posterior,
+    PosteriorGradients,
+    compute_dtype,
+    elements_per_sample,
+)
 from . import library, tools
 
 # The arguments of a CUDA kernel have room for no more.
@@ -35,6 +48,9 @@ _rsample_kl_backward = torch.ops.fused_elbo.rsample_kl_backward.default
 _elbo = torch.ops.fused_elbo.elbo.default
 _gaussian_nll_backward = torch.ops.fused_elbo.gaussian_nll_backward.default
 _rescale = torch.ops.fused_elbo.rescale_.default
+_likelihood = torch.ops.fused_elbo.likelihood.default
+_posterior = torch.ops.fused_elbo.posterior.default
+_posterior_backward = torch.ops.fused_elbo.posterior_backward.default
 
 
 def unavailable(device_type: str) -> str | None:
@@ -134,6 +150,90 @@ def rescale_(gradients: Sequence[Tensor], upstream: Tensor, expected: float | Te
         return None
     expected, expected_tensor = (0.0, expected) if isinstance(expected, Tensor) else (expected, None)
     return _rescale([g for g in gradients if g.numel()], upstream, expected, expected_tensor)
+
+
+def likelihood(
+    x_hat: Tensor,
+    x: Tensor,
+    log_scale: Tensor | None,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    upstream: Tensor | None,
+    spec: Likelihood,
+    out: DataGradients,
+    *,
+    want_nll: bool = True,
+    want_slope: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    if _outside(x_hat):
+        return reference.likelihood(
+            x_hat, x, log_scale, weight, mask, upstream, spec, out, want_nll=want_nll, want_slope=want_slope
+        )
+    terms = {"dtype": compute_dtype(x_hat, x, log_scale, weight), "device": x_hat.device}
+    nll, slope = (torch.empty(x_hat.shape[:2], **terms) if wanted else None for wanted in (want_nll, want_slope))
+    numbers = (FAMILIES.index(spec.family), ACTIVATIONS.index(spec.activation), spec.log_scale, spec.constant)
+    _likelihood(x_hat, x, log_scale, weight, mask, upstream, *numbers, spec.scale, spec.shift, nll, slope, *out)
+    return nll, slope
+
+
+def posterior(
+    mu: Tensor,
+    raw: Tensor,
+    prior_mean: Tensor | None,
+    prior_raw: Tensor | None,
+    noise: Noise | None,
+    spec: Posterior,
+    *,
+    samples: int = 1,
+    want_kl: str | None = "rows",
+    want_log_ratio: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if _outside(mu):
+        return reference.posterior(
+            mu, raw, prior_mean, prior_raw, noise, spec, samples=samples, want_kl=want_kl, want_log_ratio=want_log_ratio
+        )
+    seed, eps, first_index, offset = noise or _NO_NOISE
+    terms = {"dtype": compute_dtype(mu, raw, prior_mean, prior_raw), "device": mu.device}
+    z = None if noise is None else reference.empty_samples(mu, samples)
+    rows = torch.empty(mu.shape[:1], **terms) if want_kl == "rows" else None
+    elements = torch.empty_like(mu, **terms) if want_kl == "elements" else None
+    log_ratio = torch.empty((samples, mu.shape[0]), **terms) if want_log_ratio and noise is not None else None
+    _posterior(
+        mu, raw, prior_mean, prior_raw, seed, eps, first_index, _signed(offset), *_raw(spec), spec.free_bits,
+        z, rows, elements, log_ratio,
+    )  # fmt: skip
+    return z, elements if rows is None else rows, log_ratio
+
+
+def posterior_backward(
+    g_z: Tensor | None,
+    g_kl: Tensor | None,
+    g_log_ratio: Tensor | None,
+    path_weight: Tensor | None,
+    mu: Tensor,
+    raw: Tensor,
+    prior_mean: Tensor | None,
+    prior_raw: Tensor | None,
+    noise: Noise | None,
+    spec: Posterior,
+    out: PosteriorGradients,
+    *,
+    samples: int = 1,
+) -> None:
+    upstream, tensors = (g_z, g_kl, g_log_ratio, path_weight), (mu, raw, prior_mean, prior_raw)
+    if _outside(mu):
+        return reference.posterior_backward(*upstream, *tensors, noise, spec, out, samples=samples)
+    seed, eps, first_index, offset = noise or _NO_NOISE
+    shares = (spec.posterior_share, spec.prior_share)
+    return _posterior_backward(
+        *upstream, *tensors, seed, eps, first_index, _signed(offset), samples, *_raw(spec), spec.free_bits, *shares, *out
+    )
+
+
+def _raw(spec: Posterior) -> tuple[int, float, int, float, float]:
+    """How the raw parameter is to be read, in numbers."""
+    kind = 0 if spec.clamp is None else 2 if spec.soft else 1
+    return PARAMS.index(spec.param), spec.min_std, kind, *(spec.clamp or (0.0, 0.0))
 
 
 _NO_NOISE = Noise()

@@ -25,6 +25,16 @@ SCHEMAS = (
     "gaussian_nll_backward(Tensor g_nll, Tensor x_hat, Tensor x, float scale, float? expected, Tensor? expected_tensor,"
     " Tensor(a!)? g_x_hat, Tensor(b!)? g_x) -> ()",
     "rescale_(Tensor(a!)[] gradients, Tensor upstream, float expected, Tensor? expected_tensor) -> ()",
+    "likelihood(Tensor x_hat, Tensor x, Tensor? log_scale_tensor, Tensor? weight, Tensor? mask, Tensor? upstream, int family,"
+    " int activation, float log_scale, float constant, float scale, float shift, Tensor(a!)? nll, Tensor(b!)? slope,"
+    " Tensor(c!)? g_x_hat, Tensor(d!)? g_x, Tensor(e!)? g_log_scale) -> ()",
+    "posterior(Tensor mu, Tensor raw, Tensor? prior_mean, Tensor? prior_raw, Tensor? seed, Tensor? eps, int first_index,"
+    " int offset, int param, float min_std, int clamp, float low, float high, float? free_bits, Tensor(a!)? z,"
+    " Tensor(b!)? kl_rows, Tensor(c!)? kl_elements, Tensor(d!)? log_ratio) -> ()",
+    "posterior_backward(Tensor? g_z, Tensor? g_kl, Tensor? g_log_ratio, Tensor? path_weight, Tensor mu, Tensor raw,"
+    " Tensor? prior_mean, Tensor? prior_raw, Tensor? seed, Tensor? eps, int first_index, int offset, int samples, int param,"
+    " float min_std, int clamp, float low, float high, float? free_bits, float posterior_share, float prior_share,"
+    " Tensor(a!)? g_mu, Tensor(b!)? g_raw, Tensor(c!)? g_prior_mean, Tensor(d!)? g_prior_raw) -> ()",
 )
 
 LIBRARIES = {"cpu": "libfused_elbo_cpu.so", "cuda": "libfused_elbo_cuda.so"}

@@ -5,22 +5,42 @@ A compiler is kept out: traced, the launch code would make one graph's tickets e
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ... import reference
 from ...spec import Gaussian, Gradients, Noise, compute_dtype, elements_per_sample
 from . import latent_kernels, loss_kernels
-from .launch import RESCALE_BLOCK, RESCALE_PROGRAMS, Plan, Rows, Tickets, as_rows, options, plan
+from .general import likelihood, posterior, posterior_backward
+from .launch import (
+    RESCALE_BLOCK,
+    RESCALE_PROGRAMS,
+    TRITON_DTYPES,
+    Plan,
+    Rows,
+    Stream,
+    as_argument,
+    as_rows,
+    current,
+    options,
+    plan,
+    tickets,
+)
 
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
-_tickets = Tickets()
+__all__ = [
+    "elbo",
+    "gaussian_nll_backward",
+    "likelihood",
+    "posterior",
+    "posterior_backward",
+    "rescale_",
+    "rsample_kl",
+    "rsample_kl_backward",
+    "unavailable",
+]
 
 
 def unavailable(device_type: str) -> str | None:
@@ -43,19 +63,19 @@ def rsample_kl(mu: Tensor, logvar: Tensor, noise: Noise | None, *, want_kl: bool
     kl = mu.new_empty(mu.shape[0], dtype=dtype) if want_kl else None
     eps = None if noise is None else noise.eps
     rows = as_rows(mu, logvar, eps, z, keep_order=True)
-    stream = _Stream(noise, rows, mu)
+    stream = Stream(noise, rows, mu)
     p = plan("latent", rows.rows, rows.columns + stream.shift)
     split = p.split and want_kl
-    with _on(mu.device):
+    with current(mu.device):
         latent_kernels.rsample_kl_kernel[(p.programs,)](
             mu, logvar, eps, z, kl, stream.seed,
             mu.new_empty(rows.rows * p.chunks, dtype=dtype) if split else None,
-            _tickets.take(mu.device) if split else None,
+            tickets.take(mu.device) if split else None,
             *stream.numbers,
             rows.rows, rows.columns, p.steps, p.chunks,
             rows.sizes, *rows.strides,
             ROWS=p.row_block, BLOCK=p.block, EVEN=p.even and stream.shift == 0, WIDE=rows.wide,
-            SPLIT=split, WIDTH=p.width, COMPUTE=_TRITON_DTYPES[dtype],
+            SPLIT=split, WIDTH=p.width, COMPUTE=TRITON_DTYPES[dtype],
             **stream.constants, **options("rsample_kl", dtype),
         )  # fmt: skip
     return z, kl
@@ -71,15 +91,15 @@ def rsample_kl_backward(
     eps = None if noise is None else noise.eps
     rows = as_rows(mu, logvar, g_z, eps, out.mu, out.logvar, keep_order=True)
     mu_strides, logvar_strides, g_z_strides, *other_strides = rows.strides
-    stream = _Stream(noise, rows, mu)
+    stream = Stream(noise, rows, mu)
     p = plan("latent", rows.rows, rows.columns + stream.shift)
-    with _on(mu.device):
+    with current(mu.device):
         latent_kernels.rsample_kl_backward_kernel[(p.programs,)](
             g_z, g_kl, mu, logvar, eps, stream.seed, out.mu, out.logvar,
             *stream.numbers, 0 if g_kl is None else g_kl.stride(0),
             rows.rows, rows.columns, p.steps, p.chunks,
             rows.sizes, g_z_strides, mu_strides, logvar_strides, *other_strides,
-            ROWS=p.row_block, BLOCK=p.block, EVEN=p.even and stream.shift == 0, WIDE=rows.wide, COMPUTE=_TRITON_DTYPES[dtype],
+            ROWS=p.row_block, BLOCK=p.block, EVEN=p.even and stream.shift == 0, WIDE=rows.wide, COMPUTE=TRITON_DTYPES[dtype],
             **stream.constants, **options("rsample_kl_backward", dtype),
         )  # fmt: skip
 
@@ -114,11 +134,11 @@ def elbo(
     loss = None if weight is None else nll.new_empty(())
     constant = elements_per_sample(x_hat) * likelihood.log_normaliser
     numbers = (beta, grad_scale, 1.0 if weight is None else weight, likelihood.precision, constant)
-    with _on(device):
+    with current(device):
         loss_kernels.elbo_kernel[(programs,)](
             x_hat, x, out.x_hat, out.x, nll, mu, logvar, out.mu, out.logvar, kl_out, kl, out.kl, loss,
-            nll.new_empty(programs), _tickets.take(device),
-            *(_number(n, dtype, device) for n in numbers), 0 if kl is None else kl.stride(0),
+            nll.new_empty(programs), tickets.take(device),
+            *(as_argument(n, dtype, device) for n in numbers), 0 if kl is None else kl.stride(0),
             data.rows, data.columns, data_plan.steps, data_plan.chunks, data_plan.programs,
             data.sizes, *data.strides,
             latent.columns, latent_plan.steps, latent_plan.chunks,
@@ -127,7 +147,7 @@ def elbo(
             SPLIT=data_plan.split, WIDTH=data_plan.width,
             LATENT_ROWS=latent_plan.row_block, LATENT_BLOCK=latent_plan.block, LATENT_EVEN=latent_plan.even,
             LATENT_WIDE=latent.wide, LATENT_SPLIT=latent_plan.split, LATENT_WIDTH=latent_plan.width,
-            COMPUTE=_TRITON_DTYPES[dtype], **options("elbo", dtype),
+            COMPUTE=TRITON_DTYPES[dtype], **options("elbo", dtype),
         )  # fmt: skip
     return loss, nll, kl if mu is None else kl_out
 
@@ -148,14 +168,14 @@ def gaussian_nll_backward(
     dtype, device = compute_dtype(x_hat, x), x_hat.device
     data = as_rows(x_hat, x, out.x_hat, out.x, keep_order=False)
     p = plan("data", data.rows, data.columns)
-    with _on(device):
+    with current(device):
         loss_kernels.gaussian_nll_backward_kernel[(p.programs,)](
             g_nll, x_hat, x, out.x_hat, out.x,
-            None if expected is None else _number(expected, dtype, device),
-            _number(weight * likelihood.precision, dtype, device), g_nll.stride(0),
+            None if expected is None else as_argument(expected, dtype, device),
+            as_argument(weight * likelihood.precision, dtype, device), g_nll.stride(0),
             data.rows, data.columns, p.steps, p.chunks, data.sizes, *data.strides,
             ROWS=p.row_block, BLOCK=p.block, EVEN=p.even, WIDE=data.wide,
-            COMPUTE=_TRITON_DTYPES[dtype], **options("gaussian_nll_backward", dtype),
+            COMPUTE=TRITON_DTYPES[dtype], **options("gaussian_nll_backward", dtype),
         )  # fmt: skip
 
 
@@ -171,51 +191,12 @@ def rescale_(gradients: Sequence[Tensor], upstream: Tensor, expected: float | Te
         return
     counts = tuple(g.numel() for g in gradients)
     programs = min(-(-max(counts) // RESCALE_BLOCK), RESCALE_PROGRAMS)
-    with _on(upstream.device):
+    with current(upstream.device):
         loss_kernels.rescale_kernel[(programs, len(gradients))](
-            tuple(gradients), counts, upstream, _number(expected, upstream.dtype, upstream.device),
-            BLOCK=RESCALE_BLOCK, COMPUTE=_TRITON_DTYPES[upstream.dtype], **options("rescale", upstream.dtype),
+            tuple(gradients), counts, upstream, as_argument(expected, upstream.dtype, upstream.device),
+            BLOCK=RESCALE_BLOCK, COMPUTE=TRITON_DTYPES[upstream.dtype], **options("rescale", upstream.dtype),
         )  # fmt: skip
-
-
-class _Stream:
-    """The noise arguments of the latent kernels."""
-
-    def __init__(self, noise: Noise | None, rows: Rows, mu: Tensor) -> None:
-        self.seed = None if noise is None else noise.seed
-        first_index, offset = (0, 0) if noise is None else (noise.first_index, noise.offset)
-        per_sample = self.seed is not None and self.seed.dim() == 1
-        last = first_index + (rows.columns if per_sample else rows.rows * rows.columns)
-        aligned = self.seed is None or (
-            first_index % reference.LANES == 0 and (per_sample or rows.rows == 1 or rows.columns % reference.LANES == 0)
-        )
-        self.numbers = (self.seed.stride(0) if per_sample else 0, *_words(first_index), *_words(offset))
-        self.shift = 0 if aligned else reference.LANES - 1
-        self.constants: dict[str, Any] = {
-            "PACK": 8 if mu.element_size() == 2 else reference.LANES,
-            "WIDE_NOISE": last // reference.LANES >= 2**32,
-            "SEED_PER_SAMPLE": per_sample,
-            "ALIGNED": aligned,
-        }
 
 
 def _dense(t: Tensor) -> bool:
     return t.is_contiguous() or torch.empty_like(t, device="meta").stride() == t.stride()
-
-
-def _words(value: int) -> tuple[int, int]:
-    """The halves of 64 bits as signed ints: the interpreter misreads an int that needs the 32nd bit for its value."""
-    low, high = value % 2**32, value >> 32
-    return low - 2**32 * (low >= 2**31), high - 2**32 * (high >= 2**31)
-
-
-def _number(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> float | Tensor:
-    """As a kernel argument: Triton passes a float as float32, so float64 goes by way of memory."""
-    if isinstance(value, Tensor) or dtype == torch.float32:
-        return value
-    return torch.full((), value, dtype=dtype, device=device)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -31,7 +31,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _lg2(x):
+def lg2(x):
     if INTERPRETED:
         return tl.log2(x)
     else:
@@ -63,7 +63,7 @@ def _cos(x):
 
 
 @triton.jit
-def _fma(a, b, c):
+def fma(a, b, c):
     """a b + c, rounded once. The interpreter would round twice."""
     if INTERPRETED:
         return (a.to(tl.float64) * b + c).to(tl.float32)
@@ -102,7 +102,7 @@ def _box_muller(radius_word, angle_word, dtype: tl.constexpr):
     else:
         # Near u = 1 the hardware's logarithm has no relative accuracy, but 2 (1 - u), a lower bound of -2 ln u, has. They
         # change over where they differ by the margin, near r = 0.04: r is off by 9e-6 at most there, by far less elsewhere.
-        r = _sqrt(tl.maximum(2.0 - 2.0 * u, _lg2(u) * -1.3862943611198906 - LOG_MARGIN))
+        r = _sqrt(tl.maximum(2.0 - 2.0 * u, lg2(u) * -1.3862943611198906 - LOG_MARGIN))
         # pi - 2 pi u in one step: it spares the rounding of u, which is worth 2e-7 here.
         angle = angle_word.to(tl.float32) * (-TWO_PI * 2.0**-32) + (PI - TWO_PI * 2.0**-33)
         return -(r * _cos(angle)), r * _sin(angle)
@@ -167,12 +167,25 @@ def normals(
 
 
 @triton.jit
+def normal_at(key, offset_low, offset_high, index, dtype: tl.constexpr):
+    """The normals of any element numbers, each from a block of its own: four times the work of ``normals``."""
+    block = index >> 2
+    w0, w1, w2, w3 = philox4x32(
+        block.to(tl.uint32), (block >> 32).to(tl.uint32), offset_low.to(tl.uint32), offset_high.to(tl.uint32),
+        key.to(tl.uint32), (key >> 32).to(tl.uint32),
+    )  # fmt: skip
+    second = (index & 2) != 0
+    even, odd = _box_muller(tl.where(second, w2, w0), tl.where(second, w3, w1), dtype)
+    return tl.where((index & 1) != 0, odd, even)
+
+
+@triton.jit
 def _half_exponential(v):
     """For float32 v: exp(v/2), and with G = 2 (exp(y/2) - 1) of the reduced argument, G and G - y."""
     clamped = tl.clamp(v, LOWEST, HIGHEST, propagate_nan=tl.PropagateNan.ALL)
     rounded = clamped * (1.0 / STEP) + ROUNDER
     m = rounded - ROUNDER
-    y = _fma(m, -STEP, clamped)
+    y = fma(m, -STEP, clamped)
     # Weighted minimax for (exp(y/2) - 1 - y/2) 2 / y^2 on |y| <= 2 ln 2: 2.5e-7 of the tail, and 2.5e-8 of exp(y/2).
     p = 0.000196105010768426394 / 64 * y + 0.00140776732964131346 / 32
     p = p * y + 0.00833561180040253582 / 16

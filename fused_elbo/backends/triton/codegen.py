@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import re
@@ -29,6 +30,7 @@ LANES_PER_WARP = 32
 
 # Large enough for the launch rule's full tile and loop; the tensors have no memory.
 SHAPE = (64, 2**18)
+PAIRS = (16, 4, 2**18)
 
 
 class Report(NamedTuple):
@@ -82,7 +84,23 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         ),
         "gaussian_nll_backward": lambda: backend.gaussian_nll_backward(terms, a, b, likelihood, data),
         "rescale": lambda: backend.rescale_([data.x_hat], scalar, 1.0),
+        "likelihood": lambda: backend.likelihood(
+            *_decoded(tensor), None, None, None, torch.empty(PAIRS[:2], device="meta"), spec.Likelihood("bernoulli"),
+            spec.DataGradients(tensor(*PAIRS)),
+        ),
+        "posterior": lambda: backend.posterior(
+            *(tensor(*SHAPE) for _ in range(4)), noise, spec.Posterior("softplus", 0.1), samples=4
+        ),
+        "posterior_backward": lambda: backend.posterior_backward(
+            tensor(4, *SHAPE), terms[:, None].expand(SHAPE), None, None, *(tensor(*SHAPE) for _ in range(4)), noise,
+            spec.Posterior("softplus", 0.1), spec.PosteriorGradients(*(tensor(*SHAPE) for _ in range(4))), samples=4,
+        ),
     }  # fmt: skip
+
+
+def _decoded(tensor: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    """Several decoded samples of each of a batch, and their one target."""
+    return tensor(*PAIRS), tensor(PAIRS[0], 1, PAIRS[2]).expand(PAIRS)
 
 
 def variants(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
@@ -121,6 +139,67 @@ def variants(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
             ),
             f"rescale, {name}": lambda grad=grad, terms=terms: backend.rescale_([grad, terms], terms[0], 2.0),
         }
+    return found | general_variants(dtype)
+
+
+def general_variants(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """Launches of the general operations: each family and activation, each parameter, clamp and kind of noise."""
+    single = spec.Noise(seed=torch.empty((), dtype=torch.int64, device="meta"))
+    terms = spec.compute_dtype(torch.empty((), dtype=dtype))
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def likelihood(likelihood: spec.Likelihood, *given: str, x: torch.dtype = dtype, shape: tuple[int, ...] = PAIRS) -> None:
+        options = {"log_scale": tensor(*shape), "weight": tensor(*shape), "mask": tensor(*shape, dtype=torch.bool)}
+        wanted = ("x_hat",) + ("x",) * (x == dtype) + ("log_scale",) * ("log_scale" in given)
+        backend.likelihood(
+            tensor(*shape), tensor(*shape, dtype=x), *(t if name in given else None for name, t in options.items()),
+            tensor(*shape[:2], dtype=terms), likelihood, spec.DataGradients(**{name: tensor(*shape) for name in wanted}),
+            want_slope="log_scale" in given,
+        )  # fmt: skip
+
+    def latent(
+        posterior: spec.Posterior, *given: str, samples: int = 1, noise: spec.Noise = single, shape: tuple[int, ...] = SHAPE
+    ) -> None:
+        backend.posterior(*inputs(given, shape), noise, posterior, samples=samples, want_log_ratio="ratio" in given)
+
+    def latent_backward(
+        posterior: spec.Posterior, *given: str, samples: int = 1, noise: spec.Noise = single, shape: tuple[int, ...] = SHAPE
+    ) -> None:
+        ratio = tensor(samples, shape[0], dtype=terms) if "ratio" in given else None
+        out = (None if t is None else torch.empty_like(t) for t in inputs(given, shape))
+        backend.posterior_backward(
+            tensor(samples, *shape), tensor(*shape, dtype=terms), ratio, ratio if "paths" in given else None,
+            *inputs(given, shape), noise, posterior, spec.PosteriorGradients(*out), samples=samples,
+        )  # fmt: skip
+
+    def inputs(given: tuple[str, ...], shape: tuple[int, ...]) -> tuple[Tensor | None, ...]:
+        return tensor(*shape), tensor(*shape), *(tensor(*shape) if "prior" in given else None for _ in range(2))
+
+    discretized = spec.Likelihood("discretized_logistic", scale=1 / spec.LAST_LEVEL)
+    found = {
+        "gaussian with all": lambda: likelihood(spec.Likelihood("gaussian", "tanh"), "log_scale", "weight", "mask"),
+        "laplace of levels": lambda: likelihood(spec.Likelihood("laplace", "sigmoid"), x=torch.uint8),
+        "bernoulli of few": lambda: likelihood(spec.Likelihood("bernoulli"), "mask", shape=(3, 5, 7)),
+        "discretized_logistic": lambda: likelihood(discretized, x=torch.uint8),
+        "discretized_logistic with log_scale": lambda: likelihood(discretized, "log_scale", x=torch.uint8),
+    }
+    for name, call in (
+        ("var, clamped, free bits", {"posterior": spec.Posterior("var", clamp=(0.1, 2.0), free_bits=0.1)}),
+        ("logvar, softly clamped, seeds by sample", {
+            "posterior": spec.Posterior(clamp=(-4.0, 4.0), soft=True), "samples": 2,
+            "noise": spec.Noise(seed=tensor(SHAPE[0], dtype=torch.int64)),
+        }),
+        ("std, ratios", {"posterior": spec.Posterior("std"), "given": ("prior", "ratio"), "samples": 8}),
+        ("log_std, ratios by paths, odd", {
+            "posterior": spec.Posterior("log_std"), "given": ("prior", "ratio", "paths"), "samples": 3, "shape": (63, 37),
+        }),
+    ):  # fmt: skip
+        given = call.pop("given", ())
+        posterior = call.pop("posterior")
+        found[f"posterior, {name}"] = functools.partial(latent, posterior, *given, **call)
+        found[f"posterior_backward, {name}"] = functools.partial(latent_backward, posterior, *given, **call)
     return found
 
 

@@ -8,14 +8,14 @@ from .tiles import arrive, columns_of, combine, mask_of, pointers, share_of
 
 
 @triton.jit
-def _first_element(row, columns, first_low, first_high, SEED_PER_SAMPLE: tl.constexpr):
+def first_element(row, columns, first_low, first_high, SEED_PER_SAMPLE: tl.constexpr):
     """Number in the noise stream of each row's first element."""
     first_index = (first_high.to(tl.int64) << 32) + first_low.to(tl.uint32).to(tl.int64)
     return row * 0 + first_index if SEED_PER_SAMPLE else row * columns + first_index
 
 
 @triton.jit
-def _key(seed, seed_stride, row, row_mask, SEED_PER_SAMPLE: tl.constexpr):
+def key_of(seed, seed_stride, row, row_mask, SEED_PER_SAMPLE: tl.constexpr):
     # One seed for all is loaded without an address a row: its key schedule then runs beside the vector instructions.
     return tl.load(seed + row * seed_stride, row_mask, other=0) if SEED_PER_SAMPLE else tl.load(seed + row * 0)
 
@@ -37,10 +37,10 @@ def rsample_kl_kernel(
     """z = mu + noise exp(logvar / 2) and kl = sum 1/2 (mu^2 + expm1(logvar) - logvar), each if wanted."""
     chunk, row = share_of(tl.program_id(0), chunks, ROWS, WIDE)
     row_mask = row < rows
-    element = _first_element(row, columns, first_low, first_high, SEED_PER_SAMPLE)
+    element = first_element(row, columns, first_low, first_high, SEED_PER_SAMPLE)
     shift = 0 if ALIGNED else (element % 4).to(tl.int32)
     if seed is not None:
-        key = _key(seed, seed_stride, row, row_mask, SEED_PER_SAMPLE)
+        key = key_of(seed, seed_stride, row, row_mask, SEED_PER_SAMPLE)
     total = tl.zeros([ROWS, BLOCK], COMPUTE)
     for step in range(steps):
         column = columns_of(chunk, step, steps, shift, BLOCK, WIDE)
@@ -86,10 +86,10 @@ def rsample_kl_backward_kernel(
     """g_mu = g_z + c mu and g_logvar = (g_z noise exp(logvar / 2) + c expm1(logvar)) / 2, with c the row's ``g_kl``."""
     chunk, row = share_of(tl.program_id(0), chunks, ROWS, WIDE)
     row_mask = row < rows
-    element = _first_element(row, columns, first_low, first_high, SEED_PER_SAMPLE)
+    element = first_element(row, columns, first_low, first_high, SEED_PER_SAMPLE)
     shift = 0 if ALIGNED else (element % 4).to(tl.int32)
     if seed is not None:
-        key = _key(seed, seed_stride, row, row_mask, SEED_PER_SAMPLE)
+        key = key_of(seed, seed_stride, row, row_mask, SEED_PER_SAMPLE)
     if g_kl is not None:
         c = tl.load(g_kl + row * g_kl_stride, row_mask, other=0.0).to(COMPUTE)
     for step in range(steps):

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
+from ... import reference
+from ...spec import Noise
 from .tiles import COMBINE_TILE
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 WARPS = 4
 # Left alone, the assembler aims for more blocks on a multiprocessor, and spills a register or two to get there.
-REGISTERS = {"rsample_kl": 128, "rsample_kl_backward": 128, "elbo": 96, "gaussian_nll_backward": 96, "rescale": 96}
-# Elements of a tile: 16 a thread, so at least two 16-byte loads of each tensor in flight.
-TILE = {"data": 2048, "latent": 2048}
+REGISTERS = {
+    "rsample_kl": 128, "rsample_kl_backward": 128, "elbo": 96, "gaussian_nll_backward": 96, "rescale": 96,
+    "likelihood": 128, "posterior": 128, "posterior_backward": 128,
+}  # fmt: skip
+# Elements of a tile: 16 a thread, so at least two 16-byte loads of each tensor in flight; half of that, or a
+# quarter, where arithmetic or addresses need more registers.
+TILE = {"data": 2048, "latent": 2048, "likelihood": 1024, "posterior": 1024, "narrow": 512}
 # (up to so many elements, tiles of a row that one program takes in turn): small work is spread, large work amortises.
 STEPS = ((2**20, 1), (2**24, 2), (2**28, 8), (math.inf, 16))
 RESCALE_BLOCK = 2048
@@ -30,7 +40,7 @@ class Rows(NamedTuple):
     """Tensors of one shape (N, ...) seen as N rows.
 
     ``sizes`` are the row's dimensions that could not be merged, outermost first, and ``strides`` one tuple a tensor (None
-    for None): the stride of the rows, then of each of ``sizes``.
+    for None): the stride of the rows (of each leading dimension, where rows have several), then of each of ``sizes``.
     """
 
     rows: int
@@ -42,23 +52,24 @@ class Rows(NamedTuple):
     def wide(self) -> bool:
         """Whether row numbers, column numbers or offsets within a row exceed 32 bits."""
         extents = (
-            sum((size - 1) * stride for size, stride in zip(self.sizes, strides[1:], strict=True))
+            sum((size - 1) * stride for size, stride in zip(self.sizes, strides[-len(self.sizes) :], strict=True))
             for strides in self.strides
             if strides is not None
         )
         return max((self.rows, self.columns, *extents)) >= WIDE_FROM - 2 * max(TILE.values())
 
 
-def as_rows(*tensors: Tensor | None, keep_order: bool) -> Rows:
+def as_rows(*tensors: Tensor | None, keep_order: bool, leading: int = 1) -> Rows:
     """Merge dimensions that are merged in memory for every tensor.
 
     Args:
         tensors: of one shape, at least the first not None.
         keep_order: columns must run in row-major order (the noise counts them); otherwise in that of the first's memory.
+        leading: how many dimensions number the rows.
     """
     first = tensors[0]
     given = [t for t in tensors if t is not None]
-    dims = [d for d in range(1, first.dim()) if first.shape[d] != 1]
+    dims = [d for d in range(leading, first.dim()) if first.shape[d] != 1]
     if not keep_order:
         dims.sort(key=first.stride, reverse=True)
     merged: list[list[int]] = []
@@ -68,8 +79,10 @@ def as_rows(*tensors: Tensor | None, keep_order: bool) -> Rows:
         else:
             merged.append([d])
     sizes = tuple(math.prod(first.shape[d] for d in group) for group in merged) or (1,)
-    strides = tuple(None if t is None else (t.stride(0), *([t.stride(group[-1]) for group in merged] or [1])) for t in tensors)
-    return Rows(first.shape[0], math.prod(sizes), sizes, strides)
+    strides = tuple(
+        None if t is None else (*t.stride()[:leading], *([t.stride(group[-1]) for group in merged] or [1])) for t in tensors
+    )
+    return Rows(math.prod(first.shape[:leading]), math.prod(sizes), sizes, strides)
 
 
 class Plan(NamedTuple):
@@ -96,12 +109,12 @@ class Plan(NamedTuple):
         return min(_power_of_two(self.chunks), COMBINE_WIDTH)
 
 
-def plan(kind: str, rows: int, columns: int) -> Plan:
-    """The one launch rule, a function of shape alone: results must not depend on the device."""
+def plan(kind: str, rows: int, columns: int, steps: int | None = None) -> Plan:
+    """The one launch rule, a function of shape alone: results must not depend on the device. ``steps`` overrides its own."""
     block = max(min(_power_of_two(columns), TILE[kind]), SMALLEST_BLOCK)
     row_block = min(TILE[kind] // block, _power_of_two(rows))
     tiles = -(-columns // block)
-    steps = min(next(steps for limit, steps in STEPS if rows * columns <= limit), tiles)
+    steps = min(steps or next(steps for limit, steps in STEPS if rows * columns <= limit), tiles)
     chunks = -(-tiles // steps)
     even = rows % row_block == 0 and columns % (block * steps) == 0
     return Plan(row_block, block, steps, chunks, -(-rows // row_block) * chunks, even)
@@ -141,6 +154,54 @@ class Tickets:
                 torch.cuda.current_stream(device).synchronize()
             self._by_stream[key] = self._fresh[device].pop()
         return self._by_stream[key]
+
+
+tickets = Tickets()
+
+
+class Stream:
+    """The noise arguments of the latent kernels, for ``samples`` samples of the rows.
+
+    ``single``: samples start at different places of a noise block, so that no tile suits all of them.
+    """
+
+    def __init__(self, noise: Noise | None, rows: Rows, mu: Tensor, samples: int = 1) -> None:
+        self.seed = None if noise is None else noise.seed
+        first_index, offset = (0, 0) if noise is None else (noise.first_index, noise.offset)
+        per_sample = self.seed is not None and self.seed.dim() == 1
+        sample = rows.columns if per_sample else rows.rows * rows.columns
+        self.single = self.seed is not None and samples > 1 and sample % reference.LANES != 0
+        aligned = (
+            self.seed is None
+            or self.single
+            or (first_index % reference.LANES == 0 and (per_sample or rows.rows == 1 or rows.columns % reference.LANES == 0))
+        )
+        self.numbers = (self.seed.stride(0) if per_sample else 0, *_words(first_index), *_words(offset))
+        self.shift = 0 if aligned else reference.LANES - 1
+        self.constants: dict[str, Any] = {
+            "PACK": 8 if mu.element_size() == 2 else reference.LANES,
+            "WIDE_NOISE": (first_index + samples * sample) // reference.LANES >= 2**32,
+            "SEED_PER_SAMPLE": per_sample,
+            "ALIGNED": aligned,
+        }
+
+
+def as_argument(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> float | Tensor:
+    """A number for a kernel: Triton passes a float as float32, so float64 goes by way of memory."""
+    if isinstance(value, Tensor) or dtype == torch.float32:
+        return value
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _words(value: int) -> tuple[int, int]:
+    """The halves of 64 bits as signed ints: the interpreter misreads an int that needs the 32nd bit for its value."""
+    low, high = value % 2**32, value >> 32
+    return low - 2**32 * (low >= 2**31), high - 2**32 * (high >= 2**31)
 
 
 def _power_of_two(n: int) -> int:

@@ -36,6 +36,31 @@ def pointers(base, row, column, sizes, strides):
 
 
 @triton.jit
+def _converted(value, dtype: tl.constexpr):
+    """The value in ``dtype``, between float64 and 16 bits by way of float32: the interpreter knows no other."""
+    if value.dtype.primitive_bitwidth * dtype.primitive_bitwidth == 64 * 16:
+        return value.to(tl.float32).to(dtype)
+    else:
+        return value.to(dtype)
+
+
+@triton.jit
+def load(base, row, column, row_mask, mask, sizes, strides, dtype: tl.constexpr):
+    """A tile in ``dtype``, (ROWS, BLOCK); (ROWS, 1) where ``strides`` is the row's alone, that is one value a row."""
+    if len(strides) == 1:
+        return _converted(tl.load(base + row * strides[0], row_mask, other=0), dtype)
+    else:
+        return _converted(tl.load(pointers(base, row, column, sizes, strides), mask, other=0), dtype)
+
+
+@triton.jit
+def store(base, row, column, mask, sizes, strides, value):
+    """A tile into memory of any dtype."""
+    where = pointers(base, row, column, sizes, strides)
+    tl.store(where, _converted(value, where.dtype.element_ty), mask)
+
+
+@triton.jit
 def share_of(pid, chunks, ROWS: tl.constexpr, WIDE: tl.constexpr):
     """Which part of a row, and which rows (ROWS, 1), are program ``pid``'s."""
     group = pid // chunks

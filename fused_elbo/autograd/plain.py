@@ -1,41 +1,17 @@
-"""The autograd Functions. They own the gradients' buffers and the rules of the backward pass; backends fill the buffers.
-
-* A gradient is computed in the forward pass, for the upstream gradient that is expected (1, or ``grad_scale``). The
-  backward scales it in place by a kernel that returns at once where the expectation held; the upstream gradient never
-  leaves the device. float16 is recomputed instead: what underflowed in the forward cannot be scaled back.
-* Where the graph is kept (``retain_graph``), the saved gradient is left as it is and a scaled copy returned.
-* With ``reduction="none"`` the upstream gradient is a vector that nobody can foresee: the backward starts from the inputs.
-* Double backward differentiates the reference formulas.
-"""
+"""The Functions of the plain objective: Gaussian decoder of fixed variance, standard normal prior."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import unwrap_if_dead
 
-from . import reference
-from .spec import Gaussian, Gradients, Noise, compute_dtype
-
-
-def halves(moments: Tensor | None, logvar: Tensor | None, chunk_dim: int | None) -> tuple[Tensor | None, Tensor | None]:
-    """``mu, logvar`` as given, or as views of the two halves of moments that are packed on ``chunk_dim``, which is not 0."""
-    return moments.chunk(2, chunk_dim) if chunk_dim and moments is not None else (moments, logvar)
-
-
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)`` at a third of its cost."""
-    # Torch's apply first binds the arguments to forward's signature, for keywords and defaults that no call here has: about
-    # 20 us, more than all the rest of a small batch's call. Below is what it does then, where a tensor that outlived its
-    # transform stands for what it wraps. Transforms at work need more of it, and Dynamo knows it by name.
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_dynamo_compiling():
-        return function.apply(*args)
-    args = [unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args]
-    return super(torch.autograd.Function, function).apply(*args)
+from .. import reference
+from ..spec import Gaussian, Gradients, compute_dtype
+from .common import differentiable, halves, noise_of, rows_of
 
 
 class RsampleKL(torch.autograd.Function):
@@ -56,7 +32,7 @@ class RsampleKL(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None]:
         first_index, offset, chunk_dim, want_kl, backend = options
         m, lv = halves(mu, logvar, chunk_dim)
-        return backend.rsample_kl(m, lv, _noise(seed, eps, first_index, offset), want_kl=want_kl)
+        return backend.rsample_kl(m, lv, noise_of(seed, eps, first_index, offset), want_kl=want_kl)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -70,7 +46,7 @@ class RsampleKL(torch.autograd.Function):
             return (None,) * 5
         mu, logvar, seed, eps = ctx.saved_tensors
         first_index, offset, chunk_dim, _, backend = ctx.options
-        noise = _noise(seed, eps, first_index, offset)
+        noise = noise_of(seed, eps, first_index, offset)
 
         if torch.is_grad_enabled():
 
@@ -80,7 +56,7 @@ class RsampleKL(torch.autograd.Function):
                 z = None if noise is None else reference.reparameterize(m, lv, normals)
                 return z, reference.kl_divergence(m, lv)
 
-            g_mu, g_logvar, g_eps = _differentiable(formula, (mu, logvar, eps), (g_z, g_kl))
+            g_mu, g_logvar, g_eps = differentiable(formula, (mu, logvar, eps), (g_z, g_kl))
             return g_mu, g_logvar, None, g_eps, None
 
         need_mu, need_logvar, _, need_eps, _ = ctx.needs_input_grad
@@ -170,7 +146,7 @@ class ELBO(torch.autograd.Function):
 
         g_beta = None
         if ctx.needs_input_grad[5] and g_loss is not None and kl is not None:
-            rows, factor = _rows(g_loss, weight, None, kl.shape[0])
+            rows, factor = rows_of(g_loss, weight, None, kl.shape[0])
             g_beta = (rows * factor * kl).sum().reshape(beta.shape)
 
         rest = iter(baked)
@@ -212,7 +188,7 @@ class ELBO(torch.autograd.Function):
                 "differentiated; call backward on out.loss alone, or leave inplace=False"
             )
         g_x_hat = g_x = g_mu = g_logvar = g_kl_in = None
-        rows, weight = _rows(g_loss, loss_weight, g_nll, x.shape[0])
+        rows, weight = rows_of(g_loss, loss_weight, g_nll, x.shape[0])
         if rows is not None and (needs[0] or needs[1]):
             expected = None
             if reuse is not None:
@@ -222,7 +198,7 @@ class ELBO(torch.autograd.Function):
                 g_x = torch.empty_like(x) if needs[1] else None
             out = Gradients(g_x_hat, g_x)
             backend.gaussian_nll_backward(rows, x_hat, x, likelihood, out, weight=weight, expected=expected)
-        rows, weight = _rows(None if g_loss is None else g_loss * beta, loss_weight, g_kl, x.shape[0])
+        rows, weight = rows_of(None if g_loss is None else g_loss * beta, loss_weight, g_kl, x.shape[0])
         if rows is not None and any(needs[2:]):
             rows = rows * weight
             g_kl_in = rows if needs[4] else None
@@ -248,34 +224,4 @@ class ELBO(torch.autograd.Function):
                 kl = reference.kl_divergence(*halves(mu, logvar, chunk_dim))
             return reference.total(nll, kl, beta, weight), nll, kl
 
-        return *_differentiable(formula, inputs, upstream), None, None
-
-
-def _noise(seed: Tensor | None, eps: Tensor | None, first_index: int, offset: int) -> Noise | None:
-    return None if seed is None and eps is None else Noise(seed, eps, first_index, offset)
-
-
-def _rows(g_loss: Tensor | None, weight: float | None, g_term: Tensor | None, count: int) -> tuple[Tensor | None, float]:
-    """The upstream gradient of one per-sample term, (N,), and a factor that it still needs. ``weight`` is that of ``ELBO``."""
-    weight = 1.0 if weight is None else weight
-    if g_loss is None:
-        return g_term, 1.0
-    if g_term is None:
-        return g_loss.expand(count), weight
-    return g_loss * weight + g_term, 1.0
-
-
-def _differentiable(
-    formula: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Any], upstream: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Gradients of ``formula(*inputs)`` that are part of the graph, None for inputs that need none."""
-    with torch.enable_grad():
-        # One input may have been computed from another (x_hat from mu); an alias has no such past.
-        inputs = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in inputs]
-        wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
-        pairs = [(o, g) for o, g in zip(formula(*inputs), upstream, strict=True) if g is not None and o.requires_grad]
-        if not pairs:
-            return [None] * len(inputs)
-        outputs, grads = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
-    return [next(found) if isinstance(t, Tensor) and t.requires_grad else None for t in inputs]
+        return *differentiable(formula, inputs, upstream), None, None

@@ -1,0 +1,92 @@
+"""The plain objective: Gaussian decoder of fixed variance, standard normal prior, one sample."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import arguments, ops, sampling
+from .autograd import ELBO, RsampleKL, apply, halves
+from .spec import Gaussian
+
+NOTHING = (False,) * 5
+
+
+def elbo(
+    x_hat: Tensor,
+    x: Tensor,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    kl: Tensor | None,
+    chunk_dim: int | None,
+    beta: float | Tensor,
+    sigma: float,
+    full: bool,
+    reduction: str,
+    grad_scale: float | Tensor,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``loss``, ``nll`` and ``kl`` of ``fused_elbo.elbo_loss`` in its plain form, or without a KL at all."""
+    x_hat = arguments.batched("x_hat", x_hat)
+    x = arguments.like("x", x, "x_hat", x_hat)
+    count = x_hat.shape[0]
+    if mu is not None:
+        mu, logvar, chunk_dim = arguments.latent(mu, logvar, chunk_dim)
+        if mu.shape[0] != count:
+            raise ValueError(f"mu: got a batch of {mu.shape[0]}, takes that of x_hat, {count}")
+        arguments.on_device("mu", mu, "x_hat", x_hat)
+    if kl is not None:
+        kl = arguments.per_sample("kl", kl, "x_hat", x_hat)
+    beta = arguments.scalar("beta", beta, "x_hat", x_hat)
+    grad_scale = arguments.grad_scale(grad_scale, x_hat)
+    likelihood = Gaussian(arguments.positive("sigma", sigma), bool(full))
+    arguments.choice("reduction", reduction, arguments.REDUCTIONS)
+    if inplace:
+        if reduction == "none":
+            raise ValueError('inplace: got True with reduction "none", takes False there: its gradient comes in the backward')
+        arguments.overwritable("x_hat", x_hat)
+    weight = arguments.reduction_weight(reduction, count)
+    needs = NOTHING
+    if torch.is_grad_enabled():
+        needs = (
+            x_hat.requires_grad,
+            x.requires_grad,
+            mu is not None and mu.requires_grad,
+            logvar is not None and logvar.requires_grad,
+            kl is not None and kl.requires_grad,
+        )
+    options = (chunk_dim, likelihood, weight, needs, inplace and needs[0], ops.select(x_hat.device))
+    return apply(ELBO, x_hat, x, mu, logvar, kl, beta, grad_scale, options)[:3]
+
+
+def sample(
+    mu: Tensor,
+    logvar: Tensor | None,
+    chunk_dim: int | None,
+    sample_: bool,
+    source: sampling.Source,
+    *,
+    want_kl: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``z``, the mean itself where no sample is wanted, and the KL if it is."""
+    mu, logvar, chunk_dim = arguments.latent(mu, logvar, chunk_dim)
+    if sample_:
+        mean = mu if source.eps is None else halves(mu, logvar, chunk_dim)[0]
+        return latent(mu, logvar, chunk_dim, *sampling.noise(mu, mean, None, *source), want_kl=want_kl)
+    mean, _ = halves(mu, logvar, chunk_dim)
+    return mean, latent(mu, logvar, chunk_dim, want_kl=True)[1] if want_kl else None
+
+
+def latent(
+    mu: Tensor,
+    logvar: Tensor | None,
+    chunk_dim: int,
+    seed: Tensor | None = None,
+    eps: Tensor | None = None,
+    first_index: int = 0,
+    offset: int = 0,
+    *,
+    want_kl: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``z``, where there is noise, and the KL."""
+    return apply(RsampleKL, mu, logvar, seed, eps, (first_index, offset, chunk_dim, want_kl, ops.select(mu.device)))

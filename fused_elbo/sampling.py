@@ -1,0 +1,76 @@
+"""Where the noise of a sample comes from: the arguments ``seed``, ``generator``, ``eps``, ``first_index`` and ``offset``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import arguments
+
+
+class Source(NamedTuple):
+    """The arguments as they were given."""
+
+    seed: int | Tensor | None = None
+    generator: torch.Generator | None = None
+    eps: Tensor | None = None
+    first_index: int = 0
+    offset: int = 0
+
+
+def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """The seed that a sample takes where none is given: one int64 draw, shape (), from a generator of ``device``.
+
+    Raises:
+        ValueError: the generator is of another kind of device.
+    """
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(f"generator: got one of device {generator.device}, takes one of {device}")
+    return torch.randint(-(2**63), 2**63 - 1, (), device=device, generator=generator)
+
+
+def noise(
+    mu: Tensor,
+    mean: Tensor,
+    num_samples: int | None,
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    eps: Tensor | None,
+    first_index: int,
+    offset: int,
+) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """``seed, eps, first_index, offset`` as tensors and ints that fit a sample of ``mean``, which is ``mu`` or packed in it."""
+    if (seed is not None) + (generator is not None) + (eps is not None) > 1:
+        first, second, *_ = (name for name, v in (("seed", seed), ("generator", generator), ("eps", eps)) if v is not None)
+        raise ValueError(f"{second}: got it together with {first}, takes at most one of seed, generator and eps")
+    arguments.index("first_index", first_index, 2**62)
+    arguments.index("offset", offset, 2**64)
+    if eps is not None:
+        if num_samples is None:
+            return None, arguments.like("eps", eps, "mu", mean), first_index, offset
+        wanted = (num_samples, *mean.shape)
+        if arguments.floating("eps", eps).shape != wanted:
+            raise ValueError(f"eps: got shape {tuple(eps.shape)}, takes num_samples of mu's, {wanted}")
+        arguments.on_device("eps", eps, "mu", mean)
+        return None, eps, first_index, offset
+    return seed_of(mu, seed, generator), None, first_index, offset
+
+
+def seed_of(mu: Tensor, seed: int | Tensor | None, generator: torch.Generator | None) -> Tensor:
+    if seed is None:
+        return draw_seed(mu.device, generator)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed: got dtype {seed.dtype}, takes torch.int64")
+        if seed.shape not in ((), mu.shape[:1]):
+            raise ValueError(f"seed: got shape {tuple(seed.shape)}, takes () or, one per sample, {tuple(mu.shape[:1])}")
+        arguments.on_device("seed", seed, "mu", mu)
+        return seed
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed: got {seed!r}, takes an int or an int64 tensor")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: got {seed}, takes 64 bits")
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    return torch.full((), signed, dtype=torch.int64, device=mu.device)
