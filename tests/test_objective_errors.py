@@ -147,12 +147,13 @@ def test_message(monkeypatch, call, options, error, name, says):
 )
 def test_an_unknown_option_is_named_with_those_that_there_are(call, options):
     name = next(n for n in options if n not in ("likelihood",) or call is sample)
-    with pytest.raises(TypeError, match=f"{name}: is no argument here, which takes also |unexpected keyword"):
+    pattern = "|".join((f"{name}: is no argument here, which takes also ", f"unexpected keyword argument '{name}'"))
+    with pytest.raises(TypeError, match=pattern):
         call(**options)
 
 
 def test_a_posterior_of_gradients_only():
-    with pytest.raises(ValueError, match="^eps: got a tensor that requires grad"):
+    with pytest.raises(ValueError, match=r"^eps: got a tensor that requires grad"):
         fe.rsample_kl(T, T, eps=torch.zeros(3, 4, requires_grad=True), param="std")
     mu, logvar = (torch.zeros(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     _, log_ratio = fe.rsample_log_ratio(mu, logvar, num_samples=2, seed=1, estimator="dreg")

@@ -28,7 +28,7 @@ D = math.prod(SHAPE)
 def test_python_blocks_run():
     namespace: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
     assert all(p.grad is not None for name in ("encoder", "decoder") for p in namespace[name].parameters())

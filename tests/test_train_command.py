@@ -159,6 +159,7 @@ def test_the_table_claims_a_speed_only_for_a_fused_backend():
     run = {
         "environment": {"device": "cuda", "device_name": "GPU", "backend": "fused_elbo.backends.triton"},
         "epochs": [{"heldout": {"elbo": 1.0}, "seconds": 2.0}],
+        "heldout_log_likelihood": {"samples": 8, "nats": 1.5},
         "steps": {"loss": [1.0], "ms": [3.0]},
         "peak_memory_mib": None,
         "peak_memory_meaning": "unknown",
@@ -166,3 +167,4 @@ def test_the_table_claims_a_speed_only_for_a_fused_backend():
     text = table(summary({"fused": run, "eager": run}))
     assert "fallback" not in text
     assert "n/a" in text
+    assert "held-out ln p(x), nats, K = 8" in text

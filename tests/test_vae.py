@@ -106,6 +106,11 @@ def test_run_folder_and_metrics(config):
     first = metrics["steps"]["nll"][:STEPS_PER_EPOCH]
     assert metrics["epochs"][0]["train"]["nll"] == pytest.approx(sum(first) / STEPS_PER_EPOCH)
 
+    # A bound of 32 samples is above that of one, on average over the digits by some nats.
+    likelihood = metrics["heldout_log_likelihood"]
+    assert likelihood["samples"] == config.log_likelihood_samples == 32
+    assert likelihood["nats"] > metrics["epochs"][-1]["heldout"]["elbo"]
+
     # An untrained decoder is 0.5 everywhere, about -1080 nats.
     assert metrics["epochs"][-1]["heldout"]["elbo"] > metrics["untrained"]["elbo"] + 800
 

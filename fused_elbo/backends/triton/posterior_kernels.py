@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import NEAR, normal_at, normals, sigma_and_excess, sigma_and_expm1
-from .functions import log_of, logistic, reciprocal, sigmoid, softplus
+from .arithmetic import NEAR, normal_at, normals, sigma_and_excess
+from .functions import log_of, logistic, reciprocal, root_and_expm1, sigmoid, softplus
 from .latent_kernels import first_element, key_of
 from .tiles import arrive, columns_of, combine, load, mask_of, number, share_of, store
 
@@ -60,7 +60,7 @@ def _compared(measure, prior_measure, prior_inverse, PARAM: tl.constexpr):
     """d = ln sigma^2 - ln s^2, expm1(d) and expm1(d) - d; ``prior_measure`` is None where s is 1."""
     if PARAM == "logvar" or PARAM == "log_std":
         d = measure if prior_measure is None else measure - prior_measure
-        return d, sigma_and_expm1(d)[1], sigma_and_excess(d)[1]
+        return d, root_and_expm1(d)[1], sigma_and_excess(d)[1]
     else:
         # The difference is exact where the two are close, so that d is right to the last digits there too.
         if prior_measure is None:
