@@ -1,5 +1,5 @@
 // The operations that each library registers for its device. Their schemas stand in fused_elbo/backends/native/library.py, what
-// they compute in fused_elbo/reference.py.
+// they compute in fused_elbo/reference/.
 //
 // Tensors are float64, float32, bfloat16 or float16 with any strides; terms are float64 if any tensor is, else float32. A float
 // argument with a tensor of the same name beside it counts only where the tensor is absent.

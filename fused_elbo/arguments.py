@@ -164,6 +164,9 @@ def broadcastable(name: str, value: Tensor, other_name: str, other: Tensor) -> T
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)}, takes one that broadcasts to that of {other_name}, {tuple(other.shape)}"
         )
+    if value.dim() == 0 and torch.compiler.is_compiling():
+        # Inductor folds a parameter of no dimensions into its code, and cannot take a view of what it folded.
+        return value + value.new_zeros((1,) * missing)
     return value[(None,) * missing] if missing else value
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import arguments, ops, options, plain, sampling
-from .autograd import NLL, Posterior, PosteriorCall, apply, halves
+from . import arguments, ops, options, plain, routes, sampling
+from .autograd import NLL, PosteriorCall, apply, halves
 from .options import LikelihoodChoice
 from .spec import compute_dtype
 
@@ -65,10 +65,10 @@ def sample(
         if eps is not None and num_samples is None:
             eps = eps[None]
     call = PosteriorCall(
-        choice.spec, ops.select(mu.device), chunk_dim, first_index, offset, count,
+        choice.spec, None, chunk_dim, first_index, offset, count,
         ("elements" if by_element else "rows") if want_kl else None, want_log_ratio, doubly,
     )  # fmt: skip
-    z, kl, log_ratio = apply(Posterior, mu, logvar, choice.prior_mean, choice.prior_raw, seed, eps, call)
+    z, kl, log_ratio = routes.posterior(mu, logvar, choice.prior_mean, choice.prior_raw, seed, eps, call)
     if not sample_:
         z = mean if num_samples is None else mean.expand(count, *mean.shape)
     elif num_samples is None:
@@ -153,6 +153,10 @@ def rows_nll(
         ]
     x_hat, x, log_sigma, row_weight, mask = tensors
     row_weight, mask = (None if t is None else t.expand(x_hat.shape) for t in (row_weight, mask))
+    if not routes.plainly(x_hat, x, log_sigma, row_weight, mask):
+        nll = routes.nll(x_hat, x, log_sigma, row_weight, mask, choice.spec)
+        total = None if weight is None else weight * nll.sum()
+        return total, (nll.sum(1) if channels else nll.reshape(shape))
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x_hat, x, log_sigma))
     call = (choice.spec, weight, needs, ops.select(x_hat.device))
     total, nll = apply(NLL, x_hat, x, log_sigma, row_weight, mask, grad_scale, call)[:2]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from . import arguments, ops, sampling
-from .autograd import ELBO, RsampleKL, apply, halves
-from .spec import Gaussian
+from . import arguments, ops, routes, sampling
+from .autograd import ELBO, PosteriorCall, RsampleKL, apply, halves
+from .spec import Gaussian, Likelihood, Posterior
 
 NOTHING = (False,) * 5
 
@@ -46,6 +48,8 @@ def elbo(
             raise ValueError('inplace: got True with reduction "none", takes False there: its gradient comes in the backward')
         arguments.overwritable("x_hat", x_hat)
     weight = arguments.reduction_weight(reduction, count)
+    if not routes.plainly(x_hat, x, mu, logvar, kl):
+        return _composed(x_hat, x, mu, logvar, kl, chunk_dim, beta, likelihood, weight)
     needs = NOTHING
     if torch.is_grad_enabled():
         needs = (
@@ -57,6 +61,26 @@ def elbo(
         )
     options = (chunk_dim, likelihood, weight, needs, inplace and needs[0], ops.select(x_hat.device))
     return apply(ELBO, x_hat, x, mu, logvar, kl, beta, grad_scale, options)[:3]
+
+
+def _composed(
+    x_hat: Tensor,
+    x: Tensor,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    kl: Tensor | None,
+    chunk_dim: int | None,
+    beta: float | Tensor,
+    likelihood: Gaussian,
+    weight: float | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same of operations that each stand for themselves."""
+    spec = Likelihood(log_scale=math.log(likelihood.sigma), full=likelihood.full)
+    nll = routes.nll(x_hat.unsqueeze(1), x.unsqueeze(1), None, None, None, spec).squeeze(1)
+    if mu is not None:
+        kl = latent(mu, logvar, chunk_dim, want_kl=True)[1]
+    terms = nll if kl is None else nll + beta * kl.to(nll.dtype)
+    return terms if weight is None else weight * terms.sum(), nll, kl
 
 
 def sample(
@@ -89,4 +113,9 @@ def latent(
     want_kl: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """``z``, where there is noise, and the KL."""
+    if not routes.plainly(mu, logvar, eps):
+        eps = None if eps is None else eps.unsqueeze(0)
+        call = PosteriorCall(Posterior(), None, chunk_dim, first_index, offset, want_kl="rows" if want_kl else None)
+        z, kl, _ = routes.posterior(mu, logvar, None, None, seed, eps, call)
+        return None if z is None else z.squeeze(0), kl
     return apply(RsampleKL, mu, logvar, seed, eps, (first_index, offset, chunk_dim, want_kl, ops.select(mu.device)))

@@ -14,6 +14,14 @@ LIBRARY = library.FOLDER / library.LIBRARIES["cuda"]
 README = (Path(__file__).parents[1] / "README.md").read_text()
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
 LATENT_FORWARD = "forward_kernelIffLNS0_6SourceE1E"
+# Kernels of the general operations by how rows are read: in vectors of a dtype, or by the element, computed with in float32 or
+# float64. Those of the likelihood are four families, in vectors with and without what an element may have beside its target.
+BY_ELEMENT = ["NS_3AnyEf", "NS_3AnyEd"]
+GENERAL = {
+    "likelihood_kernel": {"f": 8, "d": 8, "NS_8bfloat16E": 8, "NS_7float16E": 8} | dict.fromkeys(BY_ELEMENT, 4),
+    "posterior_kernel": dict.fromkeys(["f", "NS_8bfloat16E", "NS_7float16E", *BY_ELEMENT], 1),
+    "posterior_backward_kernel": dict.fromkeys(["f", "NS_8bfloat16E", "NS_7float16E", *BY_ELEMENT], 1),
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +36,13 @@ def test_every_kernel_is_there_for_every_target(kernels):
     names = {k.name for k in kernels}
     assert len(names) > 30
     assert {(k.architecture, k.name) for k in kernels} == {(a, n) for a in ARCHITECTURES for n in names}
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_the_general_operations_have_the_kernels_that_they_are_to_have(kernels, name):
+    found = {k.name for k in kernels if re.search(rf"\d{name}I", k.name)}
+    assert {read_as: sum(f"{name}I{read_as}" in n for n in found) for read_as in GENERAL[name]} == GENERAL[name]
+    assert len(found) == sum(GENERAL[name].values())
 
 
 def test_no_kernel_keeps_anything_in_local_memory(kernels):

@@ -282,7 +282,8 @@ def posterior_magnitudes(call, eps):
     eps = torch.zeros(options["samples"], *mu.shape).double() if eps is None else eps.double().abs()
     mean = torch.zeros(()) if prior_mean is None else prior_mean.abs()
     scatter = (mu.abs() + mean + eps * sigma) / std
-    squares = scatter**2 + eps**2 + logvar.abs() + prior_logvar.abs()
+    # A rounding of sigma near 1 is worth as much of its logarithm, however small that is.
+    squares = scatter**2 + eps**2 + logvar.abs() + prior_logvar.abs() + (spec.param in ("std", "softplus"))
     kl = ((mu.abs() + mean) / std) ** 2 + torch.exp(logvar - prior_logvar) + 1 + logvar.abs() + prior_logvar.abs()
     location, scale, prior_scale = torch.zeros_like(mu), torch.zeros_like(mu), torch.zeros_like(mu)
     if upstream["g_z"] is not None:

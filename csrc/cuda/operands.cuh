@@ -28,7 +28,7 @@ FE_DEVICE void typed_or_bytes(void* data, ScalarType dtype, Body body) {
   typed(data, dtype, body);
 }
 
-// Numbers of terms, contiguous, with two dimensions before the element, any strides: what weights gradients.
+// One number for each row under two dimensions, with any strides: what weights gradients.
 struct Upstream {
   const void* data;  // null: absent
   ScalarType dtype;
@@ -74,8 +74,8 @@ struct Operands {
   }
 
   // Chooses how each tensor is read beside the first, whose dtype is T. True if all rows start alike: in units of `unit`
-  // elements (0: no) at boundaries of what is read at once, 16 bytes or a unit. From OUTPUTS on they are written.
-  //   outer, outer_slope: how many rows under the other dimension, and how far apart they start in the count of `slope`
+  // elements (0: no) at boundaries of what is read at once, 16 bytes or a unit. Those from `outputs` on are written. `outer`
+  // rows, of which one starts `outer_slope` elements after the other, are under the other dimension.
   bool align(int unit, int outputs, int64_t outer, int64_t outer_slope, ScalarType scalar) {
     const auto multiple = [](int64_t value, int64_t of) { return value % of == 0; };
     const auto start_of = [](const Operand& view) { return reinterpret_cast<intptr_t>(view.data) / view.bytes; };
@@ -84,7 +84,7 @@ struct Operands {
     for (int k = 0; k < K; ++k) {
       Operand& view = views[k];
       if (!view.data) continue;
-      if (shape.columns > 1 && view.strides[0] == 0 && k < outputs) {
+      if (shape.columns > 1 && view.strides[0] == 0 && k > 0 && k < outputs) {
         view.access = Access::FLAT, view.column_bytes = 0;
         continue;
       }

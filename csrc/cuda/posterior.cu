@@ -131,7 +131,6 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<S> - 1)
     const Place place(a.plan, shape, share, SIZE);
     const Latents<T, S> latents(a.tensors, a.stream, place);
     const auto row_of = [&](int k) { return Tensor(shape, views[k], 0, latents.row, place.column); };
-    const Tensor g_z_row = row_of(G_Z), g_kl_row = row_of(G_KL);
 #pragma unroll 1
     for (int number = place.thread; number < place.units; number += a.plan.threads()) {
       const Unit<SIZE> unit(shape, place, number);
@@ -139,16 +138,16 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<S> - 1)
       latents.read(unit, read);
       const Distributions<S> of(a.model, latents.has_prior_std(), read);
       LatentGradients<S> gradients;
-      if (g_kl_row) {
+      if (views[G_KL].data) {
         S g_kl[SIZE];
-        Latents<T, S>::read_sample(g_kl_row, 0, unit, g_kl);
+        Latents<T, S>::read_sample(row_of(G_KL), 0, unit, g_kl);
         gradients.add_kl(a, of, g_kl);
       }
 #pragma unroll 1
       for (int64_t k = 0; k < a.samples; ++k) {
         S eps[SIZE], g_z[SIZE] = {};
-        if (g_z_row) Latents<T, S>::read_sample(g_z_row, k * views[G_Z].outer_stride, unit, g_z);
         latents.noise(k, unit, eps);
+        if (views[G_Z].data) Latents<T, S>::read_sample(row_of(G_Z), k * views[G_Z].outer_stride, unit, g_z);
         const bool ratio = a.g_log_ratio.data, path = a.path_weight.data;
         const S g_ratio = ratio ? a.g_log_ratio.template get<S>(k, latents.row) : S(0);
         const S path_weight = path ? a.path_weight.template get<S>(k, latents.row) : S(0);
@@ -194,17 +193,25 @@ Model<S> model_of(int64_t param, double min_std, int64_t clamp, double low, doub
   return {static_cast<Param>(param), static_cast<Clamp>(clamp), {S(low), S(high)}, S(min_std), S(free_bits.value_or(0.0))};
 }
 
+// float64 goes by the element: vectors of it would take more registers than there are.
+template <class S, class Run>
+void with_latents(ScalarType read_as, Run run) {
+  if constexpr (std::is_same_v<S, double>)
+    run(Any());
+  else
+    with_type_of<S>(read_as, run);
+}
+
 // What the two passes have in common: arguments with tensors, of which those from `outputs` on are written, a number of samples
 // and a seed.
 template <class S, class Arguments>
 ScalarType prepare(Arguments& a, int outputs, const MaybeTensor& seed, int64_t first_index, int64_t offset) {
   auto& tensors = a.tensors;
-  constexpr bool float64 = std::is_same_v<S, double>;
   const bool per_row = seed && seed->dim() == 1;
   const int64_t rows = tensors.shape.rows, columns = tensors.shape.columns;
   const ScalarType mu = tensors.views[MU].dtype;
-  const bool vectors = tensors.align(float64 == (mu == ScalarType::Double) ? SIZE : 0, outputs, a.samples > 1 ? a.samples : 1,
-                                     0, float64 ? ScalarType::Double : ScalarType::Float);
+  const bool vectors =
+      tensors.align(std::is_same_v<S, double> ? 0 : SIZE, outputs, a.samples > 1 ? a.samples : 1, 0, ScalarType::Float);
   if (seed) {
     StreamArguments& stream = a.stream;
     stream.keys = static_cast<const int64_t*>(seed->const_data_ptr());
@@ -243,7 +250,7 @@ void posterior(Tensor mu, Tensor raw, MaybeTensor prior_mean, MaybeTensor prior_
       partials = launch.empty<S>(1, (1 + a.samples) * a.tensors.shape.rows * a.plan.chunks), ticket = launch.ticket();
       a.partials = partials->mutable_data_ptr(), a.ticket = static_cast<unsigned*>(ticket->mutable_data_ptr());
     }
-    with_type_of<S>(read_as, [&](auto type) { launch(posterior_kernel<decltype(type), S>, a.plan.grid, a); });
+    with_latents<S>(read_as, [&](auto type) { launch(posterior_kernel<decltype(type), S>, a.plan.grid, a); });
   };
   any_float64(&mu, &raw, pointer(prior_mean), pointer(prior_raw)) ? run(double()) : run(float());
 }
@@ -268,7 +275,7 @@ void posterior_backward(MaybeTensor g_z, MaybeTensor g_kl, MaybeTensor g_log_rat
     a.posterior_share = S(posterior_share), a.prior_share = S(prior_share);
     a.g_log_ratio = Upstream(g_log_ratio), a.path_weight = Upstream(path_weight);
     const ScalarType read_as = prepare<S>(a, BACKWARD_INPUTS, seed, first_index, offset);
-    with_type_of<S>(read_as, [&](auto type) { launch(posterior_backward_kernel<decltype(type), S>, a.plan.grid, a); });
+    with_latents<S>(read_as, [&](auto type) { launch(posterior_backward_kernel<decltype(type), S>, a.plan.grid, a); });
   };
   any_float64(&mu, &raw, pointer(prior_mean), pointer(prior_raw)) ? run(double()) : run(float());
 }

@@ -11,6 +11,9 @@ from torch._C._functorch import unwrap_if_dead
 
 from ..spec import Noise
 
+# The vmap of autograd.grad(is_grads_batched=True), which is not torch.func's.
+_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
+
 
 def halves(moments: Tensor | None, logvar: Tensor | None, chunk_dim: int | None) -> tuple[Tensor | None, Tensor | None]:
     """``mu, logvar`` as given, or as views of the two halves of moments that are packed on ``chunk_dim``, which is not 0."""
@@ -40,6 +43,15 @@ def rows_of(g_loss: Tensor | None, weight: float | None, g_term: Tensor | None, 
     if g_term is None:
         return g_loss.expand(count), weight
     return g_loss * weight + g_term, 1.0
+
+
+def composed() -> bool:
+    """Whether a backward has to be a composition of PyTorch's own operations: to be differentiated, or under a transform."""
+    return (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
+    )
 
 
 def differentiable(

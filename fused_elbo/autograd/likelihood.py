@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ..spec import DataGradients, Likelihood, compute_dtype
-from .common import differentiable
+from .common import composed, differentiable
 
 
 class NLL(torch.autograd.Function):
@@ -38,7 +38,7 @@ class NLL(torch.autograd.Function):
         if total_weight is not None and any(needs):
             dtype = compute_dtype(x_hat, x, log_scale, weight)
             upstream = _one(grad_scale * total_weight, dtype, x_hat.device).expand(x_hat.shape[:2])
-        nll, gradients = _pass(x_hat, x, log_scale, weight, mask, upstream, options, want_nll=True)
+        nll, gradients = passed(x_hat, x, log_scale, weight, mask, upstream, options, want_nll=True)
         total = None if total_weight is None else total_weight * nll.sum()
         return total, nll, *(g for g in gradients if g is not None)
 
@@ -59,7 +59,7 @@ class NLL(torch.autograd.Function):
         baked = ctx.saved_tensors[6:]
         spec, total_weight, needs, backend = ctx.options
         grad_scale = ctx.grad_scale if grad_scale is None else grad_scale
-        if torch.is_grad_enabled():
+        if composed():
 
             def formula(
                 x_hat: Tensor, x: Tensor, log_scale: Tensor | None, *rest: Tensor | None
@@ -82,11 +82,11 @@ class NLL(torch.autograd.Function):
         if g_total is not None:
             total = (g_total * total_weight).expand(tensors[0].shape[:2])
             upstream = total if g_nll is None else total + g_nll
-        found = _pass(*tensors, upstream, (spec, total_weight, ctx.needs_input_grad[:3], backend), want_nll=False)[1]
+        found = passed(*tensors, upstream, (spec, total_weight, ctx.needs_input_grad[:3], backend), want_nll=False)[1]
         return *found, *(None,) * 4
 
 
-def _pass(
+def passed(
     x_hat: Tensor,
     x: Tensor,
     log_scale: Tensor | None,
@@ -114,6 +114,14 @@ def _pass(
     if need_scale:
         g_scale = g_scale.sum_to_size(log_scale.shape).to(log_scale.dtype)
     return nll, [out.x_hat, out.x, g_scale]
+
+
+def formula(
+    x_hat: Tensor, x: Tensor, log_scale: Tensor | None, weight: Tensor | None, mask: Tensor | None, spec: Likelihood
+) -> Tensor:
+    """``nll`` (A, B) as a composition of PyTorch's own differentiable operations."""
+    scale = None if log_scale is None else log_scale.expand(x_hat.shape)
+    return reference.likelihood_nll(x_hat, x, scale, weight, mask, spec)
 
 
 def _one(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

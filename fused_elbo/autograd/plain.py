@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ..spec import Gaussian, Gradients, compute_dtype
-from .common import differentiable, halves, noise_of, rows_of
+from .common import composed, differentiable, halves, noise_of, rows_of
 
 
 class RsampleKL(torch.autograd.Function):
@@ -48,7 +48,7 @@ class RsampleKL(torch.autograd.Function):
         first_index, offset, chunk_dim, _, backend = ctx.options
         noise = noise_of(seed, eps, first_index, offset)
 
-        if torch.is_grad_enabled():
+        if composed():
 
             def formula(mu: Tensor, logvar: Tensor | None, eps: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
                 m, lv = halves(mu, logvar, chunk_dim)
@@ -141,7 +141,7 @@ class ELBO(torch.autograd.Function):
         _, _, weight, needs, inplace, backend = ctx.options
         beta = ctx.beta if beta is None else beta
         grad_scale = ctx.grad_scale if grad_scale is None else grad_scale
-        if torch.is_grad_enabled():
+        if composed():
             return ELBO._double_backward(ctx, (x_hat, x, mu, logvar, kl, beta), (g_loss, g_nll, g_kl))
 
         g_beta = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .. import reference, spec
 from ..spec import PosteriorGradients, compute_dtype
-from .common import differentiable, halves, noise_of
+from .common import composed, differentiable, halves, noise_of
 
 
 class PosteriorCall(NamedTuple):
@@ -21,7 +22,7 @@ class PosteriorCall(NamedTuple):
     """
 
     spec: spec.Posterior
-    backend: ModuleType
+    backend: ModuleType | None
     chunk_dim: int = 0
     first_index: int = 0
     offset: int = 0
@@ -72,42 +73,68 @@ class Posterior(torch.autograd.Function):
         mu, raw, prior_mean, prior_raw, seed, eps = ctx.saved_tensors
         options: PosteriorCall = ctx.options
         noise = noise_of(seed, eps, options.first_index, options.offset)
-        m, second = halves(mu, raw, options.chunk_dim)
-        if torch.is_grad_enabled():
+        if composed():
             return _double_backward((mu, raw, prior_mean, prior_raw), noise, options, (g_z, g_kl, g_log_ratio))
 
-        path_weight = None
-        if options.doubly and g_log_ratio is not None:
-            # The bound's derivative by a log-weight is the normalised weight, up to what the sample's bound counts for.
-            total = g_log_ratio.sum(0)
-            path_weight = torch.where(total == 0, total, g_log_ratio / total)
-        if g_kl is not None and options.want_kl == "rows":
-            g_kl = g_kl.reshape(g_kl.shape + (1,) * (m.dim() - 1)).expand(m.shape)
-        need_mu, need_raw, need_prior_mean, need_prior_raw, *_ = ctx.needs_input_grad
-        g_mu = torch.empty_like(mu) if need_mu else None
-        g_raw = torch.empty_like(raw) if need_raw else None
-        g_prior_mean = torch.empty_like(prior_mean) if need_prior_mean else None
-        g_prior_raw = torch.empty_like(prior_raw) if need_prior_raw else None
-        out = PosteriorGradients(*halves(g_mu, g_raw, options.chunk_dim), g_prior_mean, g_prior_raw)
-        options.backend.posterior_backward(
-            g_z, g_kl, g_log_ratio, path_weight, m, second, prior_mean, prior_raw, noise, options.spec, out,
-            samples=options.samples,
-        )  # fmt: skip
-        return g_mu, g_raw, g_prior_mean, g_prior_raw, None, None, None
+        found = gradients(mu, raw, prior_mean, prior_raw, noise, options, (g_z, g_kl, g_log_ratio), ctx.needs_input_grad[:4])
+        return *found, None, None, None
+
+
+def gradients(
+    mu: Tensor,
+    raw: Tensor | None,
+    prior_mean: Tensor | None,
+    prior_raw: Tensor | None,
+    noise: spec.Noise | None,
+    options: PosteriorCall,
+    upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Those of (mu, raw, prior_mean, prior_raw) that are needed, for upstream gradients of (z, kl, log_ratio)."""
+    g_z, g_kl, g_log_ratio = upstream
+    m, second = halves(mu, raw, options.chunk_dim)
+    path_weight = None
+    if options.doubly and g_log_ratio is not None:
+        # The bound's derivative by a log-weight is the normalised weight, up to what the sample's bound counts for.
+        total = g_log_ratio.sum(0)
+        path_weight = torch.where(total == 0, total, g_log_ratio / total)
+    if g_kl is not None and options.want_kl == "rows":
+        g_kl = g_kl.reshape(g_kl.shape + (1,) * (m.dim() - 1)).expand(m.shape)
+    tensors = (mu, raw, prior_mean, prior_raw)
+    found = tuple(torch.empty_like(t) if need else None for t, need in zip(tensors, needs, strict=True))
+    g_mu, g_raw, g_prior_mean, g_prior_raw = found
+    out = PosteriorGradients(*halves(g_mu, g_raw, options.chunk_dim), g_prior_mean, g_prior_raw)
+    options.backend.posterior_backward(
+        g_z, g_kl, g_log_ratio, path_weight, m, second, prior_mean, prior_raw, noise, options.spec, out, samples=options.samples
+    )
+    return found
 
 
 def _double_backward(tensors: tuple, noise: spec.Noise | None, options: PosteriorCall, upstream: tuple) -> tuple:
     if options.doubly:
         raise RuntimeError('rsample_log_ratio: estimator="dreg" is a gradient, not a function: it has no double backward')
 
-    def formula(mu: Tensor, raw: Tensor | None, *prior: Tensor | None) -> tuple[Tensor | None, ...]:
-        m, second = halves(mu, raw, options.chunk_dim)
-        dtype = compute_dtype(m, second, *prior)
-        eps = reference.draw_samples(m, noise, options.samples, dtype)
-        wide = (None if t is None else t.to(dtype) for t in (m, second, *prior))
-        z, kl, log_ratio = reference.posterior_terms(*wide, eps, options.spec)
-        if options.want_kl == "rows":
-            kl = kl.flatten(1).sum(1) if kl.dim() > 1 else kl
-        return None if z is None else z.to(m.dtype), kl, log_ratio
+    def differentiated(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return formula(*tensors, noise, options)
 
-    return *differentiable(formula, tensors, upstream), None, None, None
+    return *differentiable(differentiated, tensors, upstream), None, None, None
+
+
+def formula(
+    mu: Tensor,
+    raw: Tensor | None,
+    prior_mean: Tensor | None,
+    prior_raw: Tensor | None,
+    noise: spec.Noise | None,
+    options: PosteriorCall,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What ``Posterior`` returns, as a composition of PyTorch's own differentiable operations."""
+    m, second = halves(mu, raw, options.chunk_dim)
+    dtype = compute_dtype(m, second, prior_mean, prior_raw)
+    eps = reference.draw_samples(m, noise, options.samples, dtype)
+    wide = (None if t is None else t.to(dtype) for t in (m, second, prior_mean, prior_raw))
+    z, kl, log_ratio = reference.posterior_terms(*wide, eps, options.spec)
+    if options.want_kl == "rows":
+        kl = kl.flatten(1).sum(1) if kl.dim() > 1 else kl
+    z = None if z is None else z.to(m.dtype)
+    return z, kl if options.want_kl else None, log_ratio if options.want_log_ratio else None

@@ -23,7 +23,7 @@ def element_nll(x_hat: Tensor, x: Tensor, log_scale: Tensor, spec: Likelihood) -
     Args:
         x_hat, x, log_scale: floats of one dtype; for discretized_logistic ``x`` holds the levels 0 to 255.
     """
-    y = {"identity": lambda a: a, "sigmoid": torch.sigmoid, "tanh": torch.tanh}[spec.activation](x_hat)
+    y = activated(x_hat, spec)
     if spec.family == "bernoulli":
         return -F.logsigmoid(-y) - x * y
     precision = torch.exp(-log_scale)
@@ -42,10 +42,47 @@ def element_nll(x_hat: Tensor, x: Tensor, log_scale: Tensor, spec: Likelihood) -
     return value + log_scale + spec.constant
 
 
+def element_gradients(x_hat: Tensor, x: Tensor, log_scale: Tensor, spec: Likelihood) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives of ``element_nll`` by x_hat, x and log_scale; that by a level is of no meaning."""
+    y = activated(x_hat, spec)
+    if spec.family == "bernoulli":
+        return torch.sigmoid(y) - x, -y, torch.zeros_like(y)
+    precision = torch.exp(-log_scale)
+    if spec.family == "discretized_logistic":
+        half = 0.5 * spec.scale * precision
+        centre = (spec.scale * x + spec.shift - y) * precision
+        zero = torch.zeros_like(centre)
+        first, last = x == 0, x == LAST_LEVEL
+        below = torch.where(last, zero, torch.sigmoid(-half - centre))
+        above = torch.where(first, zero, torch.sigmoid(centre - half))
+        inside = torch.where(first | last, zero, 2.0 * half / torch.expm1(2.0 * half))
+        by_y = precision * (below - above)
+        by_scale = below * (half + centre) + above * (half - centre) + inside
+    else:
+        residual = (y - x) * precision
+        laplace = spec.family == "laplace"
+        by_y = precision * (torch.sign(residual) if laplace else residual)
+        by_scale = 1.0 - (residual.abs() if laplace else residual * residual)
+    slope = {"identity": lambda: 1.0, "sigmoid": lambda: y * torch.sigmoid(-x_hat), "tanh": lambda: 1.0 - y * y}
+    return by_y * slope[spec.activation](), -by_y, by_scale
+
+
+def activated(x_hat: Tensor, spec: Likelihood) -> Tensor:
+    return {"identity": lambda: x_hat, "sigmoid": x_hat.sigmoid, "tanh": x_hat.tanh}[spec.activation]()
+
+
 def likelihood_nll(
     x_hat: Tensor, x: Tensor, log_scale: Tensor | None, weight: Tensor | None, mask: Tensor | None, spec: Likelihood
 ) -> Tensor:
     """Rows (A, B) of ``sum_i mask_i weight_i element_nll_i`` over the dimensions behind the first two; see ``likelihood``."""
+    x_hat, target, scale = _seen(x_hat, x, log_scale, weight, mask, spec)
+    return _weighed(element_nll(x_hat, target, scale, spec), weight, mask, rows=True)
+
+
+def _seen(
+    x_hat: Tensor, x: Tensor, log_scale: Tensor | None, weight: Tensor | None, mask: Tensor | None, spec: Likelihood
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``x_hat, x, log_scale`` as the formulas take them."""
     dtype = compute_dtype(x_hat, x, log_scale, weight)
     target = x.to(dtype)
     if x.dtype == torch.uint8 and spec.family != "discretized_logistic":
@@ -55,12 +92,16 @@ def likelihood_nll(
     if mask is not None:
         # Before the formula, since 0 times the NaN of what is missing would be NaN.
         x_hat, target, scale = (torch.where(mask, t, torch.zeros_like(t)) for t in (x_hat, target, scale))
-    value = element_nll(x_hat, target, scale, spec)
+    return x_hat, target, scale
+
+
+def _weighed(value: Tensor, weight: Tensor | None, mask: Tensor | None, *, rows: bool) -> Tensor:
+    """Elements by their weights, and their sums over a row."""
     if weight is not None:
-        value = value * weight.to(dtype)
+        value = value * weight.to(value.dtype)
     if mask is not None:
         value = torch.where(mask, value, torch.zeros_like(value))
-    return value.flatten(2).sum(2) if value.dim() > 2 else value
+    return value.flatten(2).sum(2) if rows and value.dim() > 2 else value
 
 
 def likelihood(
@@ -92,26 +133,13 @@ def likelihood(
         ``nll`` and ``slope``, (A, B): sums over a row of the negative log-likelihood and of its derivative by log_scale,
         neither multiplied by ``upstream``; float32, or float64 if any tensor of floats is float64.
     """
-    dtype = compute_dtype(x_hat, x, log_scale, weight)
-    with torch.enable_grad():
-        leaves = {
-            "x_hat": x_hat.detach().to(dtype).requires_grad_(),
-            "x": x.detach() if x.dtype == torch.uint8 else x.detach().to(dtype).requires_grad_(out.x is not None),
-            "log_scale": None,
-        }
-        if log_scale is not None:
-            leaves["log_scale"] = log_scale.detach().to(dtype).expand(x_hat.shape).clone().requires_grad_()
-        nll = likelihood_nll(*leaves.values(), weight, mask, spec)
-        for name, buffer in out._asdict().items():
+    nll = likelihood_nll(x_hat, x, log_scale, weight, mask, spec) if want_nll else None
+    slope = None
+    if want_slope or any(t is not None for t in out):
+        found = element_gradients(*_seen(x_hat, x, log_scale, weight, mask, spec), spec)
+        slope = _weighed(found[2], weight, mask, rows=True) if want_slope else None
+        for buffer, gradient in zip(out, found, strict=True):
             if buffer is not None:
-                buffer.copy_(_gradient(nll, leaves[name], upstream))
-        slope = None
-        if want_slope:
-            slope = _gradient(nll, leaves["log_scale"], torch.ones_like(nll))
-            slope = slope.flatten(2).sum(2) if slope.dim() > 2 else slope
-    return nll.detach() if want_nll else None, slope
-
-
-def _gradient(nll: Tensor, leaf: Tensor, upstream: Tensor) -> Tensor:
-    found = torch.autograd.grad(nll, leaf, upstream.to(nll.dtype), retain_graph=True, allow_unused=True)[0]
-    return torch.zeros_like(leaf) if found is None else found
+                per_row = upstream.to(gradient.dtype)[(..., *(None,) * (x_hat.dim() - 2))]
+                buffer.copy_(_weighed(per_row * gradient, weight, mask, rows=False))
+    return nll, slope

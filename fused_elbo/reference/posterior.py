@@ -140,24 +140,45 @@ def posterior_backward(
             reaches it through z alone, and all that reaches it through z times ``path_weight``; the prior gets the plain one.
     """
     dtype = compute_dtype(mu, raw, prior_mean, prior_raw)
-    eps = draw_samples(mu, noise_, samples, dtype)
-    tensors = (mu, raw, prior_mean, prior_raw)
-    with torch.enable_grad():
-        leaves = [None if t is None else t.detach().to(dtype).clone().requires_grad_() for t in tensors]
-        terms = posterior_terms(*leaves, eps, spec)
-        prior_grads = (None, None)
-        if path_weight is not None:
-            z = terms.z.detach().requires_grad_()
-            sigma, logvar = moments(clamped(leaves[1].detach(), spec), spec)
-            prior = (leaves[2], *(moments(leaves[3], spec) if prior_raw is not None else (None, None)))
-            ratio = _log_ratio(z, (z - leaves[0].detach()) / sigma, logvar, prior)
-            g_path, *prior_grads = _gradients([ratio], [g_log_ratio], [z, *leaves[2:]])
-            g_z = path_weight.reshape(path_weight.shape + (1,) * (mu.dim() - 1)) * (g_path if g_z is None else g_path + g_z)
-            terms, g_log_ratio = terms._replace(log_ratio=None), None
-        found = _gradients(terms, [g_z, g_kl, g_log_ratio], leaves)
-    for buffer, gradient, extra in zip(out, found, (None, None, *prior_grads), strict=True):
+    mu, raw, prior_mean, prior_raw = (None if t is None else t.to(dtype) for t in (mu, raw, prior_mean, prior_raw))
+    bounded = clamped(raw, spec)
+    sigma, logvar = moments(bounded, spec)
+    std, prior_logvar = (None, None) if prior_raw is None else moments(prior_raw, spec)
+    # By mu and ln sigma^2, and by the prior's.
+    found = [torch.zeros_like(mu) for _ in range(4)]
+    if g_kl is not None:
+        distance, difference = _standardised(mu, prior_mean, std), _minus(logvar, prior_logvar)
+        c = g_kl.to(dtype)
+        if spec.free_bits is not None:
+            value = 0.5 * (distance**2 + excess(difference))
+            c = torch.where(value < spec.free_bits, torch.zeros_like(c), c)
+        by_mu, growth = c * _over(distance, std), c * torch.expm1(difference)
+        found[0] += spec.posterior_share * by_mu
+        found[1] += 0.5 * spec.posterior_share * growth
+        found[2] -= spec.prior_share * by_mu
+        found[3] -= 0.5 * spec.prior_share * (c * distance**2 + growth)
+    if g_z is not None or g_log_ratio is not None:
+        eps = draw_samples(mu, noise_, samples, dtype)
+        rows = (..., *(None,) * (mu.dim() - 1))
+        path = torch.zeros_like(eps) if g_z is None else g_z.to(dtype)
+        if g_log_ratio is not None:
+            g_ratio = g_log_ratio.to(dtype)[rows]
+            distance = _standardised(mu + eps * sigma, prior_mean, std)
+            pull = g_ratio * _over(distance, std)
+            found[2] += pull.sum(0)
+            found[3] += (0.5 * g_ratio * (distance**2 - 1.0)).sum(0)
+            path = path - pull
+            if path_weight is None:
+                found[1] += 0.5 * g_ratio.sum(0)
+            else:
+                path = path_weight.to(dtype)[rows] * (path + g_ratio * eps / sigma)
+        found[0] += path.sum(0)
+        if noise_ is not None:
+            found[1] += (0.5 * path * eps * sigma).sum(0)
+    slopes = (1.0, _slope(raw, bounded, sigma, spec), 1.0, None if std is None else _slope(None, prior_raw, std, spec))
+    for buffer, gradient, slope in zip(out, found, slopes, strict=True):
         if buffer is not None:
-            buffer.copy_(gradient if extra is None else gradient + extra)
+            buffer.copy_(gradient * slope)
 
 
 def draw_samples(mu: Tensor, noise_: Noise | None, samples: int, dtype: torch.dtype) -> Tensor | None:
@@ -200,13 +221,23 @@ def _row_sum(t: Tensor, rows: int) -> Tensor:
     return t.flatten(rows).sum(rows) if t.dim() > rows else t
 
 
-def _gradients(outputs, upstream, inputs):
-    """One for each input, zeros where nothing reaches it, None for None."""
-    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, upstream, strict=True) if o is not None and g is not None]
-    wanted = [t for t in inputs if t is not None]
-    found = [None] * len(wanted)
-    if pairs:
-        outputs, upstream = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outputs, wanted, upstream, retain_graph=True, allow_unused=True)
-    found = iter(torch.zeros_like(t) if g is None else g for g, t in zip(found, wanted, strict=True))
-    return [None if t is None else next(found) for t in inputs]
+def _over(value: Tensor, std: Tensor | None) -> Tensor:
+    return value if std is None else value / std
+
+
+def _slope(raw: Tensor | None, bounded: Tensor, sigma: Tensor, spec: Posterior) -> Tensor | float:
+    """Derivative of ln sigma^2 by the raw parameter, the clamp's included where ``raw`` is what was clamped."""
+    slope = {
+        "logvar": lambda: 1.0,
+        "log_std": lambda: 2.0,
+        "std": lambda: 2.0 / bounded,
+        "var": lambda: 1.0 / bounded,
+        "softplus": lambda: 2.0 * torch.sigmoid(bounded) / sigma,
+    }[spec.param]()
+    if raw is None or spec.clamp is None:
+        return slope
+    low, high = spec.clamp
+    if not spec.soft:
+        return slope * ((raw >= low) & (raw <= high))
+    below = high + F.logsigmoid(raw - high)
+    return slope * torch.sigmoid(high - raw) * torch.sigmoid(below - low)

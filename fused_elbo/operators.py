@@ -1,0 +1,178 @@
+"""The operations as torch sees them: schemas, fakes and autograd formulas, for whatever looks at operators.
+
+Eager code calls the autograd Functions, which take a fraction of an operator's host time. A compiler, an exporter, a tensor
+subclass and a dispatch mode need operators. Here a loss is its forward pass alone, and the backward starts from the inputs; a
+gradient has no second derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, reference, sampling, spec
+from .autograd import PosteriorCall, halves
+from .autograd.common import noise_of
+from .autograd.likelihood import passed
+from .autograd.posterior import gradients
+from .spec import DataGradients, compute_dtype
+
+_TENSORS = "Tensor mu, Tensor? raw, Tensor? prior_mean, Tensor? prior_raw, Tensor? seed, Tensor? eps"
+_CALL = (
+    "int chunk_dim, SymInt first_index, SymInt offset, SymInt samples, str? want_kl, bool want_log_ratio, bool doubly,"
+    " str param, float min_std, float[]? clamp, bool soft, float? free_bits, float posterior_share, float prior_share"
+)
+_DATA = "Tensor x_hat, Tensor x, Tensor? log_scale, Tensor? weight, Tensor? mask"
+_LIKELIHOOD = "str family, str activation, float log_scale_number, bool full, float scale, float shift"
+
+_library = torch.library.Library("fused_elbo", "FRAGMENT")
+
+
+def _register(name: str, schema: str, run: Callable, fake: Callable, *tags: torch.Tag) -> Callable:
+    # Layouts are part of what an operation returns, so a compiler must hand over the strides that it was shown.
+    _library.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order, *tags))
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused_elbo::{name}", fake, lib=_library)
+    return getattr(torch.ops.fused_elbo, name).default
+
+
+def _draw_seed(like: Tensor) -> Tensor:
+    return sampling.draw_seed(like.device)
+
+
+def _fake_seed(like: Tensor) -> Tensor:
+    return like.new_empty((), dtype=torch.int64)
+
+
+def _call(args: tuple) -> tuple[spec.Noise | None, PosteriorCall]:
+    seed, eps, chunk_dim, first_index, offset, samples, want_kl, want_log_ratio, doubly, *rest = args
+    param, min_std, clamp, *others = rest
+    chosen = spec.Posterior(param, min_std, None if clamp is None else tuple(clamp), *others)
+    call = PosteriorCall(chosen, None, chunk_dim, first_index, offset, samples, want_kl, want_log_ratio, doubly)
+    return noise_of(seed, eps, first_index, offset % 2**64), call
+
+
+def _sample(
+    mu: Tensor, raw: Tensor | None, prior_mean: Tensor | None, prior_raw: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    noise, call = _call(args)
+    wants = {"samples": call.samples, "want_kl": call.want_kl, "want_log_ratio": call.want_log_ratio}
+    halved = halves(mu, raw, call.chunk_dim)
+    found = ops.select(mu.device).posterior(*halved, prior_mean, prior_raw, noise, call.spec, **wants)
+    return _laid_out(found, _fake_sample(mu, raw, prior_mean, prior_raw, *args))
+
+
+def _fake_sample(
+    mu: Tensor, raw: Tensor | None, prior_mean: Tensor | None, prior_raw: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    seed, eps, chunk_dim, _, _, samples, want_kl, want_log_ratio, *_ = args
+    mean, second = halves(mu, raw, chunk_dim)
+    dtype = compute_dtype(mean, second, prior_mean, prior_raw)
+    return (
+        mean.new_empty(0) if seed is None and eps is None else reference.empty_samples(mean, samples),
+        torch.empty_like(mean, dtype=dtype)
+        if want_kl == "elements"
+        else mean.new_empty(mean.shape[:1] if want_kl else (0,), dtype=dtype),
+        mean.new_empty((samples, mean.shape[0]) if want_log_ratio else (0,), dtype=dtype),
+    )
+
+
+def _sample_backward(*args: Any) -> tuple[Tensor, ...]:
+    g_z, g_kl, g_log_ratio, mu, raw, prior_mean, prior_raw, *rest, needs = args
+    noise, call = _call(rest)
+    call = call._replace(backend=ops.select(mu.device))
+    tensors = (mu, raw, prior_mean, prior_raw)
+    found = gradients(*tensors, noise, call, (g_z, g_kl, g_log_ratio), needs)
+    return _laid_out(found, _fake_sample_backward(*args))
+
+
+def _fake_sample_backward(*args: Any) -> tuple[Tensor, ...]:
+    *_, needs = args
+    return _likes(args[3:7], needs)
+
+
+def _sample_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:6])
+    ctx.call = inputs[6:]
+
+
+def _sample_autograd(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (2 + len(ctx.call))
+    # A compiler has gradients for all outputs, of which those that were not wanted are empty.
+    upstream = tuple(g if g is not None and g.numel() else None for g in upstream)
+    needs = list(ctx.needs_input_grad[:4])
+    if all(g is None for g in upstream) or not any(needs):
+        return (None,) * 4 + nothing
+    found = sample_backward(*upstream, *ctx.saved_tensors, *ctx.call, needs)
+    return *(g if need else None for g, need in zip(found, needs, strict=True)), *nothing
+
+
+def _nll(x_hat: Tensor, x: Tensor, *args: Any) -> Tensor:
+    log_scale, weight, mask, *options = args
+    scale = None if log_scale is None else log_scale.expand(x_hat.shape)
+    backend = ops.select(x_hat.device)
+    found, _ = backend.likelihood(x_hat, x, scale, weight, mask, None, spec.Likelihood(*options), DataGradients())
+    return _laid_out((found,), (_fake_nll(x_hat, x, *args),))[0]
+
+
+def _fake_nll(x_hat: Tensor, x: Tensor, log_scale: Tensor | None, weight: Tensor | None, *_: Any) -> Tensor:
+    return x_hat.new_empty(x_hat.shape[:2], dtype=compute_dtype(x_hat, x, log_scale, weight))
+
+
+def _nll_backward(upstream: Tensor, x_hat: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    log_scale, weight, mask, *options, needs = args
+    call = (spec.Likelihood(*options), None, needs, ops.select(x_hat.device))
+    found = passed(x_hat, x, log_scale, weight, mask, upstream, call, want_nll=False)[1]
+    return _laid_out(found, _fake_nll_backward(upstream, x_hat, x, *args))
+
+
+def _fake_nll_backward(upstream: Tensor, x_hat: Tensor, x: Tensor, log_scale: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    *_, needs = args
+    return _likes((x_hat, x, log_scale), needs)
+
+
+def _nll_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+
+
+def _nll_autograd(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    found = nll_backward(upstream, *ctx.saved_tensors, *ctx.options, needs)
+    return *(g if need else None for g, need in zip(found, needs, strict=True)), *(None,) * (2 + len(ctx.options))
+
+
+def _likes(tensors: tuple, needs: list[bool]) -> tuple[Tensor, ...]:
+    """A buffer for each gradient; an empty one where it is not needed, since an operator returns tensors."""
+    return tuple(torch.empty_like(t) if need else tensors[0].new_empty(0) for t, need in zip(tensors, needs, strict=True))
+
+
+def _laid_out(found: Any, promised: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a backend returned, with the strides that the fake has promised."""
+    return tuple(
+        empty if t is None else t if t.stride() == empty.stride() else empty.copy_(t)
+        for t, empty in zip(found, promised, strict=True)
+    )
+
+
+draw_seed = _register("draw_seed", "(Tensor like) -> Tensor", _draw_seed, _fake_seed, torch.Tag.nondeterministic_seeded)
+sample = _register("sample", f"({_TENSORS}, {_CALL}) -> (Tensor, Tensor, Tensor)", _sample, _fake_sample)
+sample_backward = _register(
+    "sample_backward",
+    f"(Tensor? g_z, Tensor? g_kl, Tensor? g_log_ratio, {_TENSORS}, {_CALL}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    _sample_backward,
+    _fake_sample_backward,
+)
+nll = _register("nll", f"({_DATA}, {_LIKELIHOOD}) -> Tensor", _nll, _fake_nll)
+nll_backward = _register(
+    "nll_backward",
+    f"(Tensor upstream, {_DATA}, {_LIKELIHOOD}, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    _nll_backward,
+    _fake_nll_backward,
+)
+torch.library.register_autograd("fused_elbo::sample", _sample_autograd, setup_context=_sample_context, lib=_library)
+torch.library.register_autograd("fused_elbo::nll", _nll_autograd, setup_context=_nll_context, lib=_library)

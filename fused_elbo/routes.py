@@ -1,0 +1,69 @@
+"""How an operation is called: by an autograd Function, as an operator, or as a composition of PyTorch's own operations.
+
+A Function costs the least host time, and its loss makes the gradient in the forward pass. Compilers, exporters and tensor
+subclasses (fake and distributed tensors) need operators. Function transforms (torch.func) and forward-mode differentiation take
+the formulas apart themselves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import operators, ops
+from .autograd import Posterior, PosteriorCall, apply
+from .autograd import likelihood as likelihood_rules
+from .autograd import posterior as posterior_rules
+from .autograd.common import noise_of
+from .spec import Likelihood
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def plainly(*tensors: Tensor | None) -> bool:
+    """Whether the autograd Functions may be called."""
+    if torch.compiler.is_compiling() or _transformed():
+        return False
+    return all(type(t) in _PLAIN for t in tensors)
+
+
+def posterior(
+    mu: Tensor,
+    raw: Tensor | None,
+    prior_mean: Tensor | None,
+    prior_raw: Tensor | None,
+    seed: Tensor | None,
+    eps: Tensor | None,
+    call: PosteriorCall,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``z, kl, log_ratio`` as of ``reference.posterior``; ``call`` needs no backend."""
+    tensors = (mu, raw, prior_mean, prior_raw, seed, eps)
+    if plainly(*tensors):
+        return apply(Posterior, *tensors, call._replace(backend=ops.select(mu.device)))
+    if _transformed():
+        if call.doubly:
+            raise RuntimeError(
+                'estimator: got "dreg" under a function transform, takes "iwae" there: it is no function\'s gradient'
+            )
+        noise = noise_of(seed, eps, call.first_index, call.offset)
+        return posterior_rules.formula(mu, raw, prior_mean, prior_raw, noise, call)
+    chosen = call.spec
+    offset = call.offset - 2**64 if call.offset >= 2**63 else call.offset
+    place = (call.chunk_dim, call.first_index, offset, call.samples, call.want_kl, call.want_log_ratio, call.doubly)
+    z, kl, log_ratio = operators.sample(*tensors, *place, *chosen)
+    sampled = seed is not None or eps is not None
+    return z if sampled else None, kl if call.want_kl else None, log_ratio if call.want_log_ratio else None
+
+
+def nll(
+    x_hat: Tensor, x: Tensor, log_scale: Tensor | None, weight: Tensor | None, mask: Tensor | None, spec: Likelihood
+) -> Tensor:
+    """``nll`` (A, B) of ``reference.likelihood``, where ``plainly`` says no."""
+    if _transformed():
+        return likelihood_rules.formula(x_hat, x, log_scale, weight, mask, spec)
+    return operators.nll(x_hat, x, log_scale, weight, mask, *spec)
+
+
+def _transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
