@@ -208,6 +208,13 @@ def batch_dims(value: object, other_name: str, other: Tensor) -> tuple[int, ...]
     return dims
 
 
+def process_group(value: object) -> torch.distributed.ProcessGroup | None:
+    # The value of torch.distributed.new_group for a process that is no member is not a group either.
+    if value is None or (torch.distributed.is_available() and isinstance(value, torch.distributed.ProcessGroup)):
+        return value
+    raise TypeError(f"process_group: got {kind(value)}, takes a torch.distributed.ProcessGroup that this process is in")
+
+
 def overwritable(name: str, value: Tensor) -> None:
     """``value`` may be overwritten by its gradient: no leaf nor a view of one, and no two elements share memory."""
     if any(t is not None and t.requires_grad and t.is_leaf for t in (value, value._base)):

@@ -108,8 +108,9 @@ def _train(args: argparse.Namespace) -> int:
     from .vae.comparison import TrainingFailed, compare, table
     from .vae.config import TrainConfig
     from .vae.data import DataError
+    from .vae.parallel import launched, silent
     from .vae.run_folder import RunError, read_checkpoint
-    from .vae.training import train
+    from .vae.training import Interrupted, train
 
     given = {name: value for name, value in vars(args).items() if name != "run"}
     both = given.get("loss") == "both"
@@ -117,6 +118,8 @@ def _train(args: argparse.Namespace) -> int:
     if both:
         del given["loss"]
     try:
+        if both and launched():
+            raise RunError("--loss: got both under torchrun, takes fused or eager there, one after the other")
         stored = read_checkpoint(out / "fused" if both else out)["config"] if given.get("resume") else {}
         try:
             config = TrainConfig(**{**stored, **given, "out": str(out)})
@@ -127,13 +130,18 @@ def _train(args: argparse.Namespace) -> int:
         else:
             train(config)
     except (DataError, RunError) as error:
-        print(f"python -m fused_elbo train: error: {error}", file=sys.stderr)
+        if not silent():
+            print(f"python -m fused_elbo train: error: {error}", file=sys.stderr)
         return BAD_ARGUMENTS
+    except Interrupted:
+        if silent():
+            return INTERRUPTED
+        raise
     except TrainingFailed as failure:
         if failure.code == INTERRUPTED:
             print(f"continue both with: python -m fused_elbo train --loss both --out {out} --resume", file=sys.stderr)
         return failure.code
-    if not config.quiet:
+    if not config.quiet and not silent():
         print(f"wrote {out}")
     return 0
 

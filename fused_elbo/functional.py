@@ -73,7 +73,8 @@ def rsample_kl(
             seed per sample of the batch: all K of it, then the next); ``eps`` has that shape too. Default None: one, (N, ...).
         mask: bool, of leading dimensions of ``mu`` or broadcastable to it: where it is False the KL is not counted.
         batch_dims: the dimensions that ``kl`` keeps, with 0 among them; it is summed over the others. Default (0,).
-        **posterior: ``PosteriorOptions``: param, min_std, clamp, soft_clamp, prior, kl_balance, free_bits, free_bits_over.
+        **posterior: ``PosteriorOptions``: param, min_std, clamp, soft_clamp, prior, kl_balance, free_bits, free_bits_over,
+            process_group.
 
     Returns:
         ``z`` with ``mu``'s shape, dtype and layout, and ``kl`` (N,) in nats.
@@ -81,7 +82,7 @@ def rsample_kl(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
     """
-    source = sampling.Source(seed, generator, eps, first_index, offset)
+    source = (seed, generator, eps, first_index, offset)
     if num_samples is not None or mask is not None or batch_dims != (0,) or posterior:
         chosen = {"num_samples": num_samples, "mask": mask, "batch_dims": batch_dims}
         return LatentSample(*objective.sample(mu, logvar, chunk_dim, source, posterior, sample_=sample, **chosen)[:2])
@@ -103,7 +104,7 @@ def reparameterize(
     **posterior: Unpack[PosteriorOptions],
 ) -> Tensor:
     """The sample ``z`` of ``rsample_kl`` without the KL; arguments and errors are the same."""
-    source = sampling.Source(seed, generator, eps, first_index, offset)
+    source = (seed, generator, eps, first_index, offset)
     if num_samples is not None or posterior:
         chosen = {"sample_": sample, "num_samples": num_samples, "want_kl": False}
         return objective.sample(mu, logvar, chunk_dim, source, posterior, **chosen).z
@@ -138,7 +139,7 @@ def kl_divergence(
     arguments.choice("reduction", reduction, arguments.REDUCTIONS)
     if mask is not None or batch_dims != (0,) or posterior:
         chosen = {"sample_": False, "mask": mask, "batch_dims": batch_dims}
-        kl = objective.sample(mu, logvar, chunk_dim, sampling.Source(), posterior, **chosen).kl
+        kl = objective.sample(mu, logvar, chunk_dim, sampling.NO_SOURCE, posterior, **chosen).kl
     else:
         kl = plain.latent(*arguments.latent(mu, logvar, chunk_dim), want_kl=True)[1]
     return kl if reduction == "none" else getattr(kl, reduction)()
@@ -150,7 +151,7 @@ def kl_per_dim(
     """The KL of each latent dimension, averaged over the batch, in nats: what tells used dimensions from collapsed ones.
 
     Args:
-        mu, logvar, chunk_dim, **posterior: as for ``rsample_kl``; ``free_bits`` is not for a monitor.
+        mu, logvar, chunk_dim, **posterior: as for ``rsample_kl``; ``free_bits`` and ``process_group`` are not for a monitor.
 
     Returns:
         A tensor of ``mu``'s shape without the batch dimension; float32, or float64 for float64 inputs.
@@ -158,10 +159,10 @@ def kl_per_dim(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
     """
-    options.known(posterior, options.POSTERIOR_NAMES - {"free_bits", "free_bits_over"})
+    options.known(posterior, options.POSTERIOR_NAMES - {"free_bits", "free_bits_over", "process_group"})
     everything = tuple(range(arguments.batched("mu", mu).dim()))
     chosen = {"sample_": False, "batch_dims": everything}
-    return objective.sample(mu, logvar, chunk_dim, sampling.Source(), posterior, **chosen).kl.mean(0)
+    return objective.sample(mu, logvar, chunk_dim, sampling.NO_SOURCE, posterior, **chosen).kl.mean(0)
 
 
 def nll(
@@ -187,7 +188,7 @@ def nll(
             (weighted, observed) elements (sigma-VAE, arXiv:2006.13202, eq. 5), part of the function that is differentiated. It
             takes a second reading of x_hat and x, in the backward, and has no value where the error is 0. Default 1.
         **likelihood: ``LikelihoodOptions``: likelihood, log_sigma, min_log_sigma, activation, scale, shift, weight, mask,
-            batch_dims.
+            batch_dims, process_group.
 
     Returns:
         A scalar, or for "none" the terms, (N,) or of the shape of ``batch_dims``; float32, or float64 for float64 inputs.
@@ -235,7 +236,7 @@ def gaussian_nll(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
     """
-    if likelihood or isinstance(sigma, str) or objective.levels(x):
+    if likelihood or objective.beyond(sigma, x):
         _not_inplace(inplace)
         return objective.likelihood(
             objective.checked(x_hat, x, sigma, full, likelihood, reduction=reduction, grad_scale=grad_scale)
@@ -285,13 +286,7 @@ def elbo_loss(
         raise ValueError(f"kl: got {got} of mu and kl, takes the posterior (mu, logvar) or kl=, the KL per sample")
     if mu is None and (logvar is not None or chunk_dim is not None):
         raise ValueError("mu: got None with logvar or chunk_dim, takes the posterior's mean or packed moments")
-    if (
-        chosen
-        or isinstance(sigma, str)
-        or objective.levels(x)
-        or objective.many(beta)
-        or (isinstance(kl, Tensor) and kl.dim() > 1)
-    ):
+    if chosen or objective.beyond(sigma, x, beta):
         _not_inplace(inplace)
         return ELBOTerms(*objective.elbo(x_hat, x, mu, logvar, kl, chunk_dim, beta, sigma, full, reduction, grad_scale, chosen))
     loss, nll, kl_out = plain.elbo(x_hat, x, mu, logvar, kl, chunk_dim, beta, sigma, full, reduction, grad_scale, inplace)

@@ -18,7 +18,7 @@ from . import arguments, objective, options, sampling
 from .options import ELBOOptions, LikelihoodOptions, PosteriorOptions
 
 ESTIMATORS = ("iwae", "dreg")
-KL_CONTROL = frozenset({"kl_balance", "free_bits", "free_bits_over"})
+KL_CONTROL = frozenset({"kl_balance", "free_bits", "free_bits_over", "process_group"})
 
 
 class WeightedSamples(NamedTuple):
@@ -59,7 +59,7 @@ def rsample_log_ratio(
             arXiv:1810.04152, eq. 8), which has the same expectation and less variance. It changes the gradient of the
             posterior's parameters alone, and takes the weights from the upstream gradient of ``log_ratio``, so that both go
             into one ``iwae_loss``, with no other use of ``z``; a decoder must treat samples one by one (no batch norm).
-        **posterior: ``PosteriorOptions`` without what controls a KL.
+        **posterior: ``PosteriorOptions`` without what controls a KL, and without process_group.
 
     Returns:
         ``z`` (K, N, ...) in ``mu``'s dtype, and ``log_ratio`` (K, N).
@@ -70,7 +70,7 @@ def rsample_log_ratio(
     """
     arguments.choice("estimator", estimator, ESTIMATORS)
     options.known(posterior, options.POSTERIOR_NAMES - KL_CONTROL)
-    source = sampling.Source(seed, generator, eps, first_index, offset)
+    source = (seed, generator, eps, first_index, offset)
     chosen = {"num_samples": num_samples, "want_kl": False, "want_log_ratio": True, "doubly": estimator == "dreg"}
     z, _, log_ratio = objective.sample(mu, logvar, chunk_dim, source, posterior, **chosen)
     return WeightedSamples(z, log_ratio)
@@ -97,8 +97,8 @@ def iwae_loss(
         log_ratio: (K, N), of ``rsample_log_ratio``.
         sigma, full: as for ``nll``, but a float.
         reduction: "mean" over the batch (default), "sum", or "none" for (N,).
-        **likelihood: ``LikelihoodOptions`` without batch_dims; what broadcasts to x holds for all samples, and a
-            ``log_sigma`` may have x_hat's shape.
+        **likelihood: ``LikelihoodOptions`` without batch_dims and process_group; what broadcasts to x holds for all samples,
+            and a ``log_sigma`` may have x_hat's shape.
 
     Returns:
         ``loss``, and per sample ``log_weight`` and ``nll``.
@@ -116,7 +116,7 @@ def iwae_loss(
 
 def samples_nll(x_hat: Tensor, x: Tensor, sigma: float, full: bool, likelihood: LikelihoodOptions) -> Tensor:
     """The negative log-likelihood (K, N) of x (N, ...) for each of K reconstructions (K, N, ...)."""
-    options.known(likelihood, options.LIKELIHOOD_NAMES - {"batch_dims"})
+    options.known(likelihood, options.LIKELIHOOD_NAMES - {"batch_dims", "process_group"})
     x_hat, x = arguments.batched("x_hat", x_hat), arguments.target("x", x)
     if x_hat.dim() < 2 or x_hat.shape[1:] != x.shape:
         raise ValueError(f"x: got shape {tuple(x.shape)}, takes that of x_hat without the samples, {tuple(x_hat.shape[1:])}")
@@ -163,7 +163,7 @@ def log_likelihood(
         sigma: as for ``nll``, but a float. Default 1.
         full: keep the constants, so that the result is the logarithm of a density (or mass). Default True.
         progress: called with the number of samples that are done, after each part (``tqdm.update`` takes the differences).
-        **chosen: ``LikelihoodOptions`` without batch_dims, ``PosteriorOptions`` without what controls a KL.
+        **chosen: ``LikelihoodOptions`` and ``PosteriorOptions``, as in ``iwae_loss`` and ``rsample_log_ratio``.
 
     Returns:
         (N,) in nats; float32, or float64 for float64 inputs.

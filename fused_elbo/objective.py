@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import arguments, ops, options, plain, routes, sampling
+from . import arguments, groups, ops, options, plain, routes, sampling
 from .autograd import NLL, PosteriorCall, apply, halves
 from .options import LikelihoodChoice
-from .spec import compute_dtype
+from .spec import compute_dtype, constant_of
 
 
 class Samples(NamedTuple):
@@ -74,7 +74,7 @@ def sample(
     elif num_samples is None:
         z = z[0]
     if kl is not None and by_dim:
-        kl = kl.mean(0).clamp(min=choice.free_bits).sum().expand(kl.shape[:1])
+        kl = groups.mean(kl, choice.group).clamp(min=choice.free_bits).sum().expand(kl.shape[:1])
     elif kl is not None:
         kl = _bounded(_kept(kl, batch_dims) if by_element else kl, choice.free_bits)
     return Samples(z, kl, log_ratio)
@@ -186,6 +186,9 @@ def elbo(
     latent = {name: value for name, value in chosen.items() if name in options.POSTERIOR_NAMES}
     data = checked(x_hat, x, sigma, full, given, reduction=reduction, grad_scale=grad_scale)
     free_bits, over = options.free_bits_of(latent)
+    group = data.choice.group
+    if not data.choice.optimal:
+        given.pop("process_group", None)
     beta = arguments.per_term("beta", beta, data.shape, "x_hat", x_hat)
     capacity = chosen.get("capacity")
     if capacity is not None:
@@ -202,17 +205,17 @@ def elbo(
         if arguments.batched("mu", mu).shape[0] != x_hat.shape[0]:
             raise ValueError(f"mu: got a batch of {mu.shape[0]}, takes that of x_hat, {x_hat.shape[0]}")
         arguments.on_device("mu", mu, "x_hat", x_hat)
-        kl = sample(mu, logvar, chunk_dim, sampling.Source(), latent, sample_=False, batch_dims=data.dims).kl
+        kl = sample(mu, logvar, chunk_dim, sampling.NO_SOURCE, latent, sample_=False, batch_dims=data.dims).kl
         free_bits = None
-    elif set(latent) - {"free_bits", "free_bits_over"} or (free_bits is not None and over != "sample"):
-        name = next((n for n in latent if not n.startswith("free_bits")), "free_bits")
+    elif set(latent) - {"free_bits", "free_bits_over", "process_group"} or (free_bits is not None and over != "sample"):
+        name = next((n for n in latent if not n.startswith(("free_bits", "process_group"))), "free_bits")
         raise ValueError(
             f'{name}: got it together with kl, takes it in the call that made kl; free_bits_over "sample" also here'
         )
     if arguments.floating("kl", kl).shape != data.shape:
         raise ValueError(f"kl: got shape {tuple(kl.shape)}, takes one value for each term of x_hat, {data.shape}")
     arguments.on_device("kl", kl, "x_hat", x_hat)
-    counted = controlled(kl, beta, free_bits, capacity)
+    counted = controlled(kl, beta, free_bits, capacity, group)
     if not given and not data.choice.optimal:
         loss, nll, _ = plain.elbo(x_hat, x, None, None, counted, None, 1.0, sigma, full, reduction, grad_scale, False)
         return loss, nll, kl
@@ -226,22 +229,25 @@ def soft_floor(log_sigma: Tensor, floor: float) -> Tensor:
     return floor + F.softplus(log_sigma - floor)
 
 
-def controlled(kl: Tensor, beta: float | Tensor, free_bits: float | None, capacity: float | None) -> Tensor:
+def controlled(
+    kl: Tensor,
+    beta: float | Tensor,
+    free_bits: float | None,
+    capacity: float | None,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor:
     """What every sample's KL counts for in the loss."""
     kl = _bounded(kl, free_bits)
     if capacity is not None:
-        kl = (kl.mean() - capacity).abs().expand(kl.shape)
+        kl = (groups.mean(kl.flatten(), group) - capacity).abs().expand(kl.shape)
     return kl * beta
 
 
-def levels(x: object) -> bool:
-    """Whether x is given as 256 levels."""
-    return isinstance(x, Tensor) and x.dtype == torch.uint8
-
-
-def many(value: object) -> bool:
-    """Whether a weight is more than one number."""
-    return isinstance(value, Tensor) and value.numel() != 1
+def beyond(sigma: object, x: object, beta: object = 1.0) -> bool:
+    """Whether arguments that are no options make an objective another than the plain one."""
+    if isinstance(x, Tensor) and x.dtype is torch.uint8:
+        return True
+    return type(sigma) is str or (type(beta) is not float and isinstance(beta, Tensor) and beta.numel() != 1)
 
 
 def _kept(terms: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -272,7 +278,7 @@ def _masked_kl(
         by_element = {name: value for name, value in by_element.items() if not name.startswith("free_bits")}
     everything = tuple(range(mean.dim()))
     seen_mean, seen_raw = seen(mean, 0.0), seen(raw, harmless)
-    kl = sample(seen_mean, seen_raw, None, sampling.Source(), by_element, sample_=False, batch_dims=everything).kl
+    kl = sample(seen_mean, seen_raw, None, sampling.NO_SOURCE, by_element, sample_=False, batch_dims=everything).kl
     return _bounded(_kept(torch.where(mask, kl, torch.zeros_like(kl)), dims), choice.free_bits)
 
 
@@ -281,15 +287,18 @@ def _optimal(x_hat: Tensor, x: Tensor, choice: LikelihoodChoice, dims: tuple[int
     unit = choice.spec._replace(full=False)
     _, half_squares = rows_nll(x_hat, x, choice._replace(spec=unit), dims)
     count = _observed(x_hat, choice, dims, half_squares)
-    log_sigma = 0.5 * torch.log(2.0 * half_squares.sum() / count.sum())
+    sums = half_squares.sum(), count.sum()
+    if choice.group is not None:
+        sums = groups.total(torch.stack(sums), choice.group).unbind()
+    log_sigma = 0.5 * torch.log(2.0 * sums[0] / sums[1])
     if choice.min_log_sigma is not None:
         log_sigma = soft_floor(log_sigma, choice.min_log_sigma)
-    return half_squares * torch.exp(-2.0 * log_sigma) + count * (log_sigma + choice.spec.constant)
+    return half_squares * torch.exp(-2.0 * log_sigma) + count * (log_sigma + constant_of(choice.spec.family, choice.spec.full))
 
 
 def _observed(x_hat: Tensor, choice: LikelihoodChoice, dims: tuple[int, ...], like: Tensor) -> Tensor:
     """How many elements each term is made of, by weight."""
-    count = torch.ones((), dtype=like.dtype, device=like.device)
+    count = like.new_ones(())
     for factor in (choice.weight, choice.mask):
         count = count if factor is None else count * factor
     return _kept(count.to(like.dtype).expand(x_hat.shape), dims)

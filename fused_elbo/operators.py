@@ -1,8 +1,10 @@
 """The operations as torch sees them: schemas, fakes and autograd formulas, for whatever looks at operators.
 
 Eager code calls the autograd Functions, which take a fraction of an operator's host time. A compiler, an exporter, a tensor
-subclass and a dispatch mode need operators. Here a loss is its forward pass alone, and the backward starts from the inputs; a
-gradient has no second derivative.
+subclass and a dispatch mode need operators. ``sample`` and ``nll`` are any objective's; their backward starts from the inputs.
+``latent`` and ``gaussian`` are the plain one's, with few arguments, since an operator takes some microseconds for each ten of
+them; ``gaussian`` returns the terms' gradients as well, which a compiler multiplies by the upstream gradient in the kernel of
+whatever comes next. A gradient has no second derivative here.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from .autograd import PosteriorCall, halves
 from .autograd.common import noise_of
 from .autograd.likelihood import passed
 from .autograd.posterior import gradients
-from .spec import DataGradients, compute_dtype
+from .spec import DataGradients, Gradients, compute_dtype
 
 _TENSORS = "Tensor mu, Tensor? raw, Tensor? prior_mean, Tensor? prior_raw, Tensor? seed, Tensor? eps"
 _CALL = (
@@ -159,6 +161,83 @@ def _laid_out(found: Any, promised: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     )
 
 
+def _latent(mu: Tensor, logvar: Tensor | None, seed: Tensor | None, eps: Tensor | None, *place: Any) -> tuple[Tensor, Tensor]:
+    chunk_dim, first_index, offset, want_kl = place
+    mean, second = halves(mu, logvar, chunk_dim)
+    z, kl = ops.select(mu.device).rsample_kl(mean, second, noise_of(seed, eps, first_index, offset % 2**64), want_kl=want_kl)
+    return mu.new_empty(0) if z is None else z, mu.new_empty(0) if kl is None else kl
+
+
+def _fake_latent(
+    mu: Tensor, logvar: Tensor | None, seed: Tensor | None, eps: Tensor | None, *place: Any
+) -> tuple[Tensor, Tensor]:
+    chunk_dim, _, _, want_kl = place
+    mean, second = halves(mu, logvar, chunk_dim)
+    sampled = seed is not None or eps is not None
+    return (
+        torch.empty_like(mean) if sampled else mu.new_empty(0),
+        mean.new_empty(mean.shape[:1], dtype=compute_dtype(mean, second)) if want_kl else mu.new_empty(0),
+    )
+
+
+def _latent_backward(
+    g_z: Tensor | None, g_kl: Tensor | None, mu: Tensor, logvar: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    seed, eps, chunk_dim, first_index, offset, _, needs = rest
+    found = _likes((mu, logvar), needs)
+    g_mu, g_logvar = (g if need else None for g, need in zip(found, needs, strict=True))
+    out = Gradients(None, None, *halves(g_mu, g_logvar, chunk_dim))
+    noise = noise_of(seed, eps, first_index, offset % 2**64)
+    ops.select(mu.device).rsample_kl_backward(g_z, g_kl, *halves(mu, logvar, chunk_dim), noise, out)
+    return found
+
+
+def _fake_latent_backward(
+    g_z: Tensor | None, g_kl: Tensor | None, mu: Tensor, logvar: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _likes((mu, logvar), rest[-1])
+
+
+def _latent_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4])
+    ctx.place = inputs[4:]
+
+
+def _latent_autograd(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    upstream = tuple(g if g is not None and g.numel() else None for g in upstream)
+    needs = list(ctx.needs_input_grad[:2])
+    if all(g is None for g in upstream) or not any(needs):
+        return (None,) * 8
+    found = latent_backward(*upstream, *ctx.saved_tensors, *ctx.place, needs)
+    return *(g if need else None for g, need in zip(found, needs, strict=True)), *(None,) * 6
+
+
+def _gaussian(x_hat: Tensor, x: Tensor, sigma: float, full: bool, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    found = _likes((x_hat, x), needs)
+    out = Gradients(*(g if need else None for g, need in zip(found, needs, strict=True)))
+    likelihood, weight = spec.Gaussian(sigma, full), 1.0 if any(needs) else None
+    nll = ops.select(x_hat.device).elbo(x_hat, x, None, None, None, 1.0, likelihood, out, weight=weight)[1]
+    return nll, *found
+
+
+def _fake_gaussian(x_hat: Tensor, x: Tensor, sigma: float, full: bool, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    return x_hat.new_empty(x_hat.shape[:1], dtype=compute_dtype(x_hat, x)), *_likes((x_hat, x), needs)
+
+
+def _gaussian_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*output[1:])
+
+
+def _gaussian_autograd(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    # A compiler writes this into the kernel of whatever comes next.
+    found = (
+        (g * upstream.reshape(-1, *(1,) * (g.dim() - 1))).to(g.dtype) if need else None
+        for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
+    )
+    return *found, None, None, None
+
+
 draw_seed = _register("draw_seed", "(Tensor like) -> Tensor", _draw_seed, _fake_seed, torch.Tag.nondeterministic_seeded)
 sample = _register("sample", f"({_TENSORS}, {_CALL}) -> (Tensor, Tensor, Tensor)", _sample, _fake_sample)
 sample_backward = _register(
@@ -174,5 +253,21 @@ nll_backward = _register(
     _nll_backward,
     _fake_nll_backward,
 )
+_LATENT = "Tensor mu, Tensor? logvar, Tensor? seed, Tensor? eps, int chunk_dim, SymInt first_index, SymInt offset, bool want_kl"
+latent = _register("latent", f"({_LATENT}) -> (Tensor, Tensor)", _latent, _fake_latent)
+latent_backward = _register(
+    "latent_backward",
+    f"(Tensor? g_z, Tensor? g_kl, {_LATENT}, bool[] needs) -> (Tensor, Tensor)",
+    _latent_backward,
+    _fake_latent_backward,
+)
+gaussian = _register(
+    "gaussian",
+    "(Tensor x_hat, Tensor x, float sigma, bool full, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    _gaussian,
+    _fake_gaussian,
+)
+torch.library.register_autograd("fused_elbo::latent", _latent_autograd, setup_context=_latent_context, lib=_library)
+torch.library.register_autograd("fused_elbo::gaussian", _gaussian_autograd, setup_context=_gaussian_context, lib=_library)
 torch.library.register_autograd("fused_elbo::sample", _sample_autograd, setup_context=_sample_context, lib=_library)
 torch.library.register_autograd("fused_elbo::nll", _nll_autograd, setup_context=_nll_context, lib=_library)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from . import arguments
 from .spec import ACTIVATIONS, FAMILIES, PARAMS, Likelihood, Posterior
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 FREE_BITS_OVER = ("dim", "sample", "element")
 
@@ -33,6 +36,11 @@ class LikelihoodOptions(TypedDict, total=False):
             observed elements, and is not divided by their number.
         batch_dims: the dimensions that are not summed over but averaged over, with 0 among them, for example (0, 2) for every
             frame of a video (N, C, T, H, W). Default (0,).
+        process_group: of torch.distributed, whose processes hold shards of one batch. What is a number of the whole batch is
+            then that of the whole group, here sigma="optimal"; loss and terms stay those of the process's own samples. The
+            sum over the group is differentiated: where every process calls backward, each gets its share of the gradient of
+            the sum of their losses. With means and shards of equal size, the average that DistributedDataParallel takes is
+            the gradient of the undivided batch. Default None: each process for itself.
     """
 
     likelihood: str
@@ -44,6 +52,7 @@ class LikelihoodOptions(TypedDict, total=False):
     weight: Tensor
     mask: Tensor
     batch_dims: tuple[int, ...]
+    process_group: ProcessGroup
 
 
 class PosteriorOptions(TypedDict, total=False):
@@ -63,6 +72,8 @@ class PosteriorOptions(TypedDict, total=False):
             appendix C.8).
         free_bits_over: what they are counted over: "dim" (default: the batch mean of each latent dimension; ``kl`` is then one
             number for the whole batch, repeated), "sample" (the sum of a sample) or "element".
+        process_group: as for the data side, here for free_bits over "dim". Where no number is of the whole batch, it changes
+            nothing.
     """
 
     param: str
@@ -73,13 +84,15 @@ class PosteriorOptions(TypedDict, total=False):
     kl_balance: float
     free_bits: float
     free_bits_over: str
+    process_group: ProcessGroup
 
 
 class ELBOOptions(LikelihoodOptions, PosteriorOptions, total=False):
     """Keyword arguments of the whole objective: both sides', and
 
     Attributes:
-        capacity: C in nats: the KL's term is ``beta |C - mean_n kl_n|`` (Burgess et al. 2018, arXiv:1804.03599, eq. 8).
+        capacity: C in nats: the KL's term is ``beta |C - mean_n kl_n|`` (Burgess et al. 2018, arXiv:1804.03599, eq. 8). With
+            process_group the mean is the group's.
     """
 
     capacity: float
@@ -98,6 +111,7 @@ class PosteriorChoice(NamedTuple):
     prior_raw: Tensor | None
     free_bits: float | None
     free_bits_over: str
+    group: ProcessGroup | None
 
 
 class LikelihoodChoice(NamedTuple):
@@ -109,6 +123,7 @@ class LikelihoodChoice(NamedTuple):
     mask: Tensor | None
     min_log_sigma: float | None
     optimal: bool
+    group: ProcessGroup | None
 
 
 def known(given: dict[str, Any], names: frozenset[str]) -> None:
@@ -146,7 +161,8 @@ def posterior(options: dict[str, Any], mean: Tensor) -> PosteriorChoice:
     free_bits, over = free_bits_of(options)
     element = free_bits if over == "element" else None
     spec = Posterior(param, min_std, bounds, clamps == ["soft_clamp"], element, posterior_share, prior_share)
-    return PosteriorChoice(spec, prior_mean, prior_raw, None if over == "element" else free_bits, over)
+    group = arguments.process_group(options.get("process_group"))
+    return PosteriorChoice(spec, prior_mean, prior_raw, None if over == "element" else free_bits, over, group)
 
 
 def free_bits_of(options: dict[str, Any]) -> tuple[float | None, str]:
@@ -209,4 +225,5 @@ def likelihood(options: dict[str, Any], sigma: float | str, full: bool, x_hat: T
         arguments.positive("scale", options.get("scale", 1.0)),
         arguments.number("shift", options.get("shift", 0.0)),
     )
-    return LikelihoodChoice(spec, log_sigma, weight, mask, floor, optimal)
+    group = arguments.process_group(options.get("process_group"))
+    return LikelihoodChoice(spec, log_sigma, weight, mask, floor, optimal, group)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import arguments, ops, routes, sampling
+from . import arguments, operators, ops, routes, sampling
 from .autograd import ELBO, PosteriorCall, RsampleKL, apply, halves
 from .spec import Gaussian, Likelihood, Posterior
 
@@ -75,8 +75,12 @@ def _composed(
     weight: float | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same of operations that each stand for themselves."""
-    spec = Likelihood(log_scale=math.log(likelihood.sigma), full=likelihood.full)
-    nll = routes.nll(x_hat.unsqueeze(1), x.unsqueeze(1), None, None, None, spec).squeeze(1)
+    if routes.compiled(x_hat, x):
+        needs = [torch.is_grad_enabled() and t.requires_grad for t in (x_hat, x)]
+        nll = operators.gaussian(x_hat, x, likelihood.sigma, likelihood.full, needs)[0]
+    else:
+        spec = Likelihood(log_scale=math.log(likelihood.sigma), full=likelihood.full)
+        nll = routes.nll(x_hat.unsqueeze(1), x.unsqueeze(1), None, None, None, spec).squeeze(1)
     if mu is not None:
         kl = latent(mu, logvar, chunk_dim, want_kl=True)[1]
     terms = nll if kl is None else nll + beta * kl.to(nll.dtype)
@@ -95,7 +99,7 @@ def sample(
     """``z``, the mean itself where no sample is wanted, and the KL if it is."""
     mu, logvar, chunk_dim = arguments.latent(mu, logvar, chunk_dim)
     if sample_:
-        mean = mu if source.eps is None else halves(mu, logvar, chunk_dim)[0]
+        mean = mu if source[2] is None else halves(mu, logvar, chunk_dim)[0]
         return latent(mu, logvar, chunk_dim, *sampling.noise(mu, mean, None, *source), want_kl=want_kl)
     mean, _ = halves(mu, logvar, chunk_dim)
     return mean, latent(mu, logvar, chunk_dim, want_kl=True)[1] if want_kl else None
@@ -114,8 +118,34 @@ def latent(
 ) -> tuple[Tensor | None, Tensor | None]:
     """``z``, where there is noise, and the KL."""
     if not routes.plainly(mu, logvar, eps):
-        eps = None if eps is None else eps.unsqueeze(0)
-        call = PosteriorCall(Posterior(), None, chunk_dim, first_index, offset, want_kl="rows" if want_kl else None)
-        z, kl, _ = routes.posterior(mu, logvar, None, None, seed, eps, call)
-        return None if z is None else z.squeeze(0), kl
+        return _latent_operator(mu, logvar, chunk_dim, seed, eps, first_index, offset, want_kl)
     return apply(RsampleKL, mu, logvar, seed, eps, (first_index, offset, chunk_dim, want_kl, ops.select(mu.device)))
+
+
+def _latent_operator(
+    mu: Tensor,
+    logvar: Tensor | None,
+    chunk_dim: int,
+    seed: Tensor | None,
+    eps: Tensor | None,
+    first_index: int,
+    offset: int,
+    want_kl: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``latent`` for whatever takes no Function."""
+    if routes.compiled(mu, logvar, seed, eps):
+        z, kl = operators.latent(mu, logvar, seed, eps, chunk_dim, first_index, sampling.signed(offset), want_kl)
+        return None if seed is None and eps is None else z, kl if want_kl else None
+    eps = None if eps is None else eps.unsqueeze(0)
+    call = PosteriorCall(Posterior(), None, chunk_dim, first_index, offset, want_kl="rows" if want_kl else None)
+    z, kl, _ = routes.posterior(mu, logvar, None, None, seed, eps, call, _shard)
+    return None if z is None else z.squeeze(0), kl
+
+
+def _shard(
+    mu: Tensor, logvar: Tensor, prior_mean: None, prior_raw: None, seed: Tensor, eps: None, call: PosteriorCall
+) -> tuple[Tensor, Tensor | None, None]:
+    """``routes.posterior`` of a shard of a distributed tensor, with the bits of the undivided one."""
+    place = (call.first_index, call.offset, call.chunk_dim, call.want_kl is not None, ops.select(mu.device))
+    z, kl = apply(RsampleKL, mu, logvar, seed, eps, place)
+    return z.unsqueeze(0), kl, None

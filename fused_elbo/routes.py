@@ -7,11 +7,13 @@ the formulas apart themselves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import operators, ops
+from . import operators, ops, sampling, sharding
 from .autograd import Posterior, PosteriorCall, apply
 from .autograd import likelihood as likelihood_rules
 from .autograd import posterior as posterior_rules
@@ -23,9 +25,15 @@ _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 def plainly(*tensors: Tensor | None) -> bool:
     """Whether the autograd Functions may be called."""
-    if torch.compiler.is_compiling() or _transformed():
-        return False
-    return all(type(t) in _PLAIN for t in tensors)
+    for t in tensors:
+        if type(t) not in _PLAIN:
+            return False
+    return not (torch.compiler.is_dynamo_compiling() or _transformed())
+
+
+def compiled(*tensors: Tensor | None) -> bool:
+    """Whether a compiler is tracing plain tensors, outside of transforms."""
+    return torch.compiler.is_compiling() and not _transformed() and all(type(t) in _PLAIN for t in tensors)
 
 
 def posterior(
@@ -36,8 +44,12 @@ def posterior(
     seed: Tensor | None,
     eps: Tensor | None,
     call: PosteriorCall,
+    shard: Callable | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``z, kl, log_ratio`` as of ``reference.posterior``; ``call`` needs no backend."""
+    """``z, kl, log_ratio`` as of ``reference.posterior``; ``call`` needs no backend.
+
+    ``shard`` samples the shards of distributed tensors, by default this function.
+    """
     tensors = (mu, raw, prior_mean, prior_raw, seed, eps)
     if plainly(*tensors):
         return apply(Posterior, *tensors, call._replace(backend=ops.select(mu.device)))
@@ -48,9 +60,20 @@ def posterior(
             )
         noise = noise_of(seed, eps, call.first_index, call.offset)
         return posterior_rules.formula(mu, raw, prior_mean, prior_raw, noise, call)
+    if not torch.compiler.is_compiling() and sharding.involved(*tensors):
+        if seed is not None:
+            return sharding.sampled(*tensors[:5], call, shard or posterior)
+        tensors = sharding.prepared(*tensors)
     chosen = call.spec
-    offset = call.offset - 2**64 if call.offset >= 2**63 else call.offset
-    place = (call.chunk_dim, call.first_index, offset, call.samples, call.want_kl, call.want_log_ratio, call.doubly)
+    place = (
+        call.chunk_dim,
+        call.first_index,
+        sampling.signed(call.offset),
+        call.samples,
+        call.want_kl,
+        call.want_log_ratio,
+        call.doubly,
+    )
     z, kl, log_ratio = operators.sample(*tensors, *place, *chosen)
     sampled = seed is not None or eps is not None
     return z if sampled else None, kl if call.want_kl else None, log_ratio if call.want_log_ratio else None
@@ -62,6 +85,8 @@ def nll(
     """``nll`` (A, B) of ``reference.likelihood``, where ``plainly`` says no."""
     if _transformed():
         return likelihood_rules.formula(x_hat, x, log_scale, weight, mask, spec)
+    if not torch.compiler.is_compiling() and sharding.involved(x_hat, x, log_scale, weight, mask):
+        x_hat, x, log_scale, weight, mask = sharding.prepared(x_hat, x, log_scale, weight, mask)
     return operators.nll(x_hat, x, log_scale, weight, mask, *spec)
 
 

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from . import arguments
 
-
-class Source(NamedTuple):
-    """The arguments as they were given."""
-
-    seed: int | Tensor | None = None
-    generator: torch.Generator | None = None
-    eps: Tensor | None = None
-    first_index: int = 0
-    offset: int = 0
+# ``seed, generator, eps, first_index, offset`` as they were given.
+Source = tuple[int | Tensor | None, torch.Generator | None, Tensor | None, int, int]
+NO_SOURCE: Source = (None, None, None, 0, 0)
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -29,6 +21,11 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator: got one of device {generator.device}, takes one of {device}")
     return torch.randint(-(2**63), 2**63 - 1, (), device=device, generator=generator)
+
+
+def signed(offset: int) -> int:
+    """64 bits as torch's int."""
+    return offset if offset < 2**63 else offset - 2**64
 
 
 def noise(

@@ -157,3 +157,17 @@ def test_no_such_item(cpu, capsys):
     with pytest.raises(SystemExit, match="2"):
         cpu.main(["--filter", "no such item"])
     assert "latent 128x20" in capsys.readouterr().err
+
+
+def test_steps(tmp_path, capsys):
+    from benchmarks import steps
+
+    path = tmp_path / "steps.json"
+    assert steps.main(["--quick", "--seconds", "0.01", "--filter", "eager", "--json", str(path)]) == 0
+    content = json.loads(path.read_text())
+    assert list(content["steps"]) == ["mlp 32x784, eager", "conv 32x784, eager"]
+    printed = capsys.readouterr().out
+    for name, row in content["steps"].items():
+        assert name in printed
+        assert row["rounds"] >= 4
+        assert row["ratio"] == row["ms"]["classic"][1] / row["ms"]["fused"][1]

@@ -34,7 +34,7 @@ def kernels() -> list[sass.Kernel]:
 
 def test_every_kernel_is_there_for_every_target(kernels):
     names = {k.name for k in kernels}
-    assert len(names) > 30
+    assert f"{len(names)} of them for each GPU" in README
     assert {(k.architecture, k.name) for k in kernels} == {(a, n) for a in ARCHITECTURES for n in names}
 
 

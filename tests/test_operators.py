@@ -43,6 +43,29 @@ def nll_calls(dtype):
     yield (x_hat, levels, None, None, None, "discretized_logistic", "identity", -1.0, False, 2 / 255, -1.0)
 
 
+def latent_calls(dtype):
+    mu, logvar, eps = (oracle.randn(*SHAPE, seed=k).to(dtype) for k in range(3))
+    packed = oracle.randn(3, 4, 5, seed=5).to(dtype).requires_grad_()
+    yield (mu.clone().requires_grad_(), logvar.clone().requires_grad_(), seed(), None, 0, 3, 0, True)
+    yield (mu.transpose(1, 2).clone().requires_grad_(), logvar.transpose(1, 2), None, eps.transpose(1, 2), 0, 0, 0, False)
+    yield (packed, None, None, None, 1, 0, 0, True)
+    yield (packed, None, torch.arange(3), None, 1, 0, -1, True)
+
+
+def gaussian_calls(dtype):
+    x_hat, x = (oracle.randn(*SHAPE, seed=k).to(dtype).requires_grad_() for k in range(2))
+    yield (x_hat, x, 0.5, False, [True, True])
+    yield (x_hat, x.detach(), 1.0, True, [True, False])
+
+
+OPERATORS = {
+    operators.sample: sample_calls,
+    operators.nll: nll_calls,
+    operators.latent: latent_calls,
+    operators.gaussian: gaussian_calls,
+}
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_opcheck(backend, dtype):
     """Schema, autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
@@ -57,6 +80,13 @@ def test_opcheck(backend, dtype):
         upstream = torch.ones_like(operators.nll(*map(_detached, call)))
         needs = [t is not None and t.is_floating_point() for t in call[:3]]
         torch.library.opcheck(operators.nll_backward, (upstream, *(_detached(a) for a in call), needs))
+    for call in latent_calls(dtype):
+        torch.library.opcheck(operators.latent, call)
+        grads = [t.detach().normal_() if t.numel() else None for t in operators._fake_latent(*call)]
+        needs = [t is not None for t in call[:2]]
+        torch.library.opcheck(operators.latent_backward, (*grads, *(_detached(a) for a in call), needs))
+    for call in gaussian_calls(dtype):
+        torch.library.opcheck(operators.gaussian, call)
 
 
 def test_opcheck_of_the_seed(device):
@@ -66,7 +96,7 @@ def test_opcheck_of_the_seed(device):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_fakes_promise_what_comes(backend, dtype):
-    for operator, calls in ((operators.sample, sample_calls), (operators.nll, nll_calls)):
+    for operator, calls in OPERATORS.items():
         for call in calls(dtype):
             real = operator(*map(_detached, call))
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -85,7 +115,7 @@ def test_fake_tensors_go_through_the_public_functions():
 
 
 def test_operator_and_function_agree(backend):
-    for calls, operator in ((sample_calls, operators.sample), (nll_calls, operators.nll)):
+    for operator, calls in OPERATORS.items():
         for call in calls(torch.float64):
             again = operator(*call)
             assert all(torch.equal(a, b) for a, b in zip(_tuple(again), _tuple(operator(*call)), strict=True))

@@ -21,12 +21,10 @@ def halves(moments: Tensor | None, logvar: Tensor | None, chunk_dim: int | None)
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)`` at a third of its cost."""
+    """``function.apply(*args)`` at a third of its cost, outside of transforms and compilers."""
     # Torch's apply first binds the arguments to forward's signature, for keywords and defaults that no call here has: about
     # 20 us, more than all the rest of a small batch's call. Below is what it does then, where a tensor that outlived its
-    # transform stands for what it wraps. Transforms at work need more of it, and Dynamo knows it by name.
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_dynamo_compiling():
-        return function.apply(*args)
+    # transform stands for what it wraps. Transforms and compilers, which need more of it, are taken another way before.
     args = [unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args]
     return super(torch.autograd.Function, function).apply(*args)
 

@@ -13,9 +13,12 @@ from ..sampling import draw_seed
 from .model import VAE
 
 
-def fused(model: VAE, x: Tensor, *, beta: float, sigma: float) -> ELBOTerms:
-    """The negative ELBO of images ``x`` (N, 1, 28, 28), in nats, by the library; the noise is that of ``model.latent``."""
-    x_hat, _, kl = model(x)
+def fused(model: VAE, x: Tensor, *, beta: float, sigma: float, seed: Tensor | None = None, first_index: int = 0) -> ELBOTerms:
+    """The negative ELBO of images ``x`` (N, 1, 28, 28), in nats, by the library.
+
+    The noise is that of ``model.latent``, or of ``seed``, from number ``first_index`` on.
+    """
+    x_hat, _, kl = model(x, seed=seed, first_index=first_index)
     return elbo_loss(x_hat, x, kl=kl, beta=beta, sigma=sigma, full=True)
 
 

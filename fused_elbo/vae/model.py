@@ -51,9 +51,12 @@ class VAE(nn.Module):
         """Latents (N, d) to the mean image ``x_hat`` (N, 1, 28, 28) in (0, 1)."""
         return self.decoder(z)
 
-    def forward(self, x: Tensor) -> VAEOutput:
-        """Encode images (N, 1, 28, 28), sample (in evaluation mode: take the mean), decode."""
-        z, kl = self.latent(self.encode(x))
+    def forward(self, x: Tensor, *, seed: int | Tensor | None = None, first_index: int = 0) -> VAEOutput:
+        """Encode images (N, 1, 28, 28), sample (in evaluation mode: take the mean), decode.
+
+        ``seed`` and ``first_index`` are those of ``fused_elbo.rsample_kl``, for a part of a larger batch.
+        """
+        z, kl = self.latent(self.encode(x), seed=seed, first_index=first_index)
         return VAEOutput(self.decode(z), z, kl)
 
     @torch.no_grad()

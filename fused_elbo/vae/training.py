@@ -18,11 +18,12 @@ from torch import Tensor
 from .. import ops
 from ..functional import gaussian_nll, rsample_kl
 from ..iwae import log_likelihood
-from . import losses, run_folder
+from . import parallel, run_folder
 from .config import FIXED_OPTIONS, TrainConfig
 from .data import Digits, load_digits
 from .measure import PeakMemory, StepClock
 from .model import VAE, build
+from .parallel import ALONE, Ranks
 from .run_folder import RunError
 
 # The noise of the evaluation: the same for every epoch, run and device, and independent of the batch size.
@@ -36,7 +37,8 @@ class Interrupted(KeyboardInterrupt):
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train, and fill the run folder: metrics.json, checkpoint.pt, loss_curve.png, reconstructions.png, samples.png.
 
-    Ctrl-C finishes the step, saves and raises ``Interrupted``; the checkpoint is also written after every epoch.
+    Ctrl-C finishes the step, saves and raises ``Interrupted``; the checkpoint is also written after every epoch. Under
+    ``torchrun`` its processes train together: the batch is divided among them, and the first one writes and prints.
 
     Returns:
         The content of metrics.json: ``config``; ``environment``; ``untrained``, the held-out terms before the first step;
@@ -57,12 +59,21 @@ def train(config: TrainConfig) -> dict[str, Any]:
     except ImportError as error:
         raise RunError(f"training needs the package {error.name}: pip install 'fused-elbo[demo]'") from error
     config = replace(config, device=str(_device(config.device)))
+    with parallel.joined(torch.device(config.device)) as ranks:
+        config = config if ranks.first else replace(config, quiet=True)
+        trainer = _run(config, ranks, tqdm)
+        if ranks.first:
+            plots.draw_run(config.folder, trainer.metrics, trainer.model, trainer.digits.heldout)
+    return trainer.metrics
+
+
+def _run(config: TrainConfig, ranks: Ranks, tqdm: type) -> Trainer:
     # A run that is overwritten is erased last, when everything that its successor needs has been found.
-    run_folder.require_free(config.folder, resume=config.resume, overwrite=config.overwrite)
-    trainer = Trainer(config, load_digits(config.data))
-    folder = run_folder.open_folder(config)
+    ranks.from_first(lambda: run_folder.require_free(config.folder, resume=config.resume, overwrite=config.overwrite))
+    trainer = Trainer(config, load_digits(config.data), ranks)
+    folder = ranks.from_first(lambda: run_folder.open_folder(config))
     if config.resume:
-        trainer.load(run_folder.read_checkpoint(folder))
+        trainer.load(ranks.from_first(lambda: run_folder.read_checkpoint(folder)))
 
     total = config.epochs * trainer.steps_per_epoch
     bar = tqdm(total=total, initial=trainer.steps_done, unit="step", disable=True if config.quiet else None)
@@ -72,7 +83,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         while trainer.epochs_done < config.epochs:
             for _ in trainer.epoch():
                 bar.update()
-                if interrupted.is_set():
+                if ranks.any(interrupted.is_set()):
                     trainer.save(folder)
                     raise Interrupted(
                         f"interrupted after step {trainer.steps_done} of {total}, saved in {folder}; "
@@ -88,8 +99,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             print(f"held-out ln p(x) is {found['nats']:.2f} nats or more ({found['samples']} importance samples)")
     trainer.metrics["finished"] = True
     trainer.save(folder)
-    plots.draw_run(folder, trainer.metrics, trainer.model, trainer.digits.heldout)
-    return trainer.metrics
+    return trainer
 
 
 class Trainer:
@@ -98,15 +108,19 @@ class Trainer:
     Args:
         config: with a ``device`` that is not "auto".
         digits: on any device; they are moved to that of ``config``.
+        ranks: the processes that train together. Default: this one alone.
     """
 
-    def __init__(self, config: TrainConfig, digits: Digits) -> None:
+    def __init__(self, config: TrainConfig, digits: Digits, ranks: Ranks = ALONE) -> None:
         self.config = config
+        self.ranks = ranks
         self.device = torch.device(config.device)
         self.digits = digits._replace(train=digits.train.to(self.device), heldout=digits.heldout.to(self.device))
         self.model = build(config.model, latent_dim=config.latent_dim, seed=config.seed).to(self.device)
         self.noise = torch.Generator(self.device).manual_seed(config.seed)
         self.model.latent.generator = self.noise
+        self.objective = parallel.Objective(self.model, config.loss, config.beta, config.sigma)
+        self.distributed = parallel.distributed(self.objective, ranks)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
         self.order_generator = torch.Generator().manual_seed(config.seed)
         self.order = torch.empty(0, dtype=torch.int64)
@@ -165,8 +179,10 @@ class Trainer:
         self.metrics["heldout_log_likelihood"] = {"samples": samples, "nats": total / len(heldout)}
 
     def save(self, folder: Path) -> None:
-        """Write the checkpoint and metrics.json."""
+        """Write the checkpoint and metrics.json; of several processes the first one does."""
         self._read_steps()
+        if not self.ranks.first:
+            return
         previous, peak = self.metrics["peak_memory_mib"], self._memory.read()
         self.metrics["peak_memory_mib"] = peak if previous is None else max(previous, peak)
         state = {
@@ -201,23 +217,20 @@ class Trainer:
         self.metrics = {**state["metrics"], **current}
 
     def _step(self, x: Tensor) -> None:
-        config = self.config
-        weights = {"beta": config.beta, "sigma": config.sigma}
         # Outside the clock: in plain PyTorch the library's noise costs more than the randn that nobody would replace by it.
-        eps = losses.draw_eps(len(x), config.latent_dim, self.noise) if config.loss == "eager" else None
+        noise = self.objective.noise(len(x), self.ranks.part(len(x)))
         self._clock.start()
         self.optimizer.zero_grad()
-        terms = losses.fused(self.model, x, **weights) if eps is None else losses.eager(self.model, x, eps, **weights)
-        terms.loss.backward()
+        share = parallel.backward(self.distributed, x, self.ranks, noise)
         self.optimizer.step()
         self._clock.stop()
-        self._pending.append(torch.stack((terms.loss, terms.nll.mean(), terms.kl.mean())).detach())
+        self._pending.append(share)
 
     def _read_steps(self) -> None:
         """Fetch the losses since the last call: one wait for the device, not one a step."""
         if not self._pending:
             return
-        terms = torch.stack(self._pending).T
+        terms = self.ranks.total(torch.stack(self._pending)).T
         self._pending = []
         steps = self.metrics["steps"]
         if not terms.isfinite().all():
