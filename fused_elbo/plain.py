@@ -12,6 +12,7 @@ from .autograd import ELBO, PosteriorCall, RsampleKL, apply, halves
 from .spec import Gaussian, Likelihood, Posterior
 
 NOTHING = (False,) * 5
+UNIT = Gaussian()
 
 
 def elbo(
@@ -39,9 +40,15 @@ def elbo(
         arguments.on_device("mu", mu, "x_hat", x_hat)
     if kl is not None:
         kl = arguments.per_sample("kl", kl, "x_hat", x_hat)
-    beta = arguments.scalar("beta", beta, "x_hat", x_hat)
-    grad_scale = arguments.grad_scale(grad_scale, x_hat)
-    likelihood = Gaussian(arguments.positive("sigma", sigma), bool(full))
+    # The defaults need no check, and a check takes longer than to see that.
+    if type(beta) is not float:
+        beta = arguments.scalar("beta", beta, "x_hat", x_hat)
+    if type(grad_scale) is not float:
+        grad_scale = arguments.grad_scale(grad_scale, x_hat)
+    if type(sigma) is float and sigma == 1.0 and full is False:
+        likelihood = UNIT
+    else:
+        likelihood = Gaussian(arguments.positive("sigma", sigma), bool(full))
     arguments.choice("reduction", reduction, arguments.REDUCTIONS)
     if inplace:
         if reduction == "none":

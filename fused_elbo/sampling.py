@@ -42,8 +42,11 @@ def noise(
     if (seed is not None) + (generator is not None) + (eps is not None) > 1:
         first, second, *_ = (name for name, v in (("seed", seed), ("generator", generator), ("eps", eps)) if v is not None)
         raise ValueError(f"{second}: got it together with {first}, takes at most one of seed, generator and eps")
-    arguments.index("first_index", first_index, 2**62)
-    arguments.index("offset", offset, 2**64)
+    # 0, the default, needs no check, which takes longer than to see that.
+    if type(first_index) is not int or first_index:
+        arguments.index("first_index", first_index, 2**62)
+    if type(offset) is not int or offset:
+        arguments.index("offset", offset, 2**64)
     if eps is not None:
         if num_samples is None:
             return None, arguments.like("eps", eps, "mu", mean), first_index, offset
