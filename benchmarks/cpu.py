@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code or (REFUSED if refused else 0)
 
 
-def environment(argv: Sequence[str], backends: dict[str, str | None]) -> dict[str, Any]:
+def environment(argv: Sequence[str], backends: dict[str, str | None], module: str = "benchmarks.cpu") -> dict[str, Any]:
     """Where, when and with what a measurement was made; ``backends`` has the reason of each that is left out."""
     capability = None
     if backends.get("native", "") is None:
@@ -97,7 +97,7 @@ def environment(argv: Sequence[str], backends: dict[str, str | None]) -> dict[st
     changes = _git("--no-optional-locks", "status", "--porcelain")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.cpu", *argv]),
+        "command": shlex.join(["python", "-m", module, *argv]),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),
         "cpu": _cpu(),
@@ -111,7 +111,12 @@ def environment(argv: Sequence[str], backends: dict[str, str | None]) -> dict[st
         "backends": {name: reason or "timed" for name, reason in backends.items()},
         # Large tensors are new pages at each call, so what a page is decides how long the largest items take.
         "transparent_hugepages": _read("/sys/kernel/mm/transparent_hugepage/enabled").strip() or None,
-        "variables": {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT_PREFIXES)},
+        # A folder decides nothing.
+        "variables": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(ENVIRONMENT_PREFIXES) and not name.endswith("_DIR")
+        },
     }
 
 

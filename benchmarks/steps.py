@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, row in results.items():
         print(f"{name:<32}{row['ms']['fused'][1]:>12.3f}{row['ms']['classic'][1]:>14.3f}{row['ratio']:>18.3f}")
     if args.json:
-        facts = environment(argv, {name: ops.unavailable(name, "cpu") for name in ops.BACKENDS})
+        facts = environment(argv, {name: ops.unavailable(name, "cpu") for name in ops.BACKENDS}, "benchmarks.steps")
         args.json.write_text(json.dumps({"environment": facts, "steps": results}, indent=1) + "\n")
     return 0
 

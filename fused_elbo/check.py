@@ -47,7 +47,9 @@ def run(echo: Callable[[str], None] = print) -> int:
         # Read when the backend is first loaded: without a GPU its kernels run in Triton's interpreter.
         os.environ.setdefault("TRITON_INTERPRET", "1")
     failures = []
-    echo(f"Operations on {device}: largest error as a share of the envelope (float64: gradcheck and gradgradcheck as well)")
+    echo(
+        f"Operations on {device}: largest error as a share of the envelope (float64: gradcheck as well, and on the reference gradgradcheck)"
+    )
     echo(_row("backend", "operation", *(str(d).removeprefix("torch.") for d in DTYPES)))
     for name in ops.BACKENDS:
         reason = ops.unavailable(name, device.type)
@@ -105,7 +107,9 @@ def _values_and_gradients(result: Result, operation: Operation, device: torch.de
         leaves = [_at(draw(kind, generator, GRADCHECK_SHAPE), device, result.dtype) for kind in operation.inputs]
         try:
             torch.autograd.gradcheck(operation.fused, leaves)
-            torch.autograd.gradgradcheck(operation.fused, leaves)
+            if result.backend == "reference":
+                # A double backward is made of the formulas, whatever the backend.
+                torch.autograd.gradgradcheck(operation.fused, leaves)
         except GradcheckError as error:
             result.failure = str(error).strip().splitlines()[0]
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fused_elbo import ops, reference
+from fused_elbo.reference import plain
 from fused_elbo.spec import Gradients
 
 
@@ -109,22 +110,22 @@ def test_a_noisy_machine_is_said(cpu):
 
 
 def five_percent_off(monkeypatch):
-    right = reference.gaussian_nll_backward
+    right = plain.gaussian_nll_backward
 
     def wrong(g_nll, x_hat, x, likelihood, out: Gradients, **options):
         right(g_nll, x_hat, x, likelihood, out, **options)
         out.x_hat.mul_(1.05)
 
-    monkeypatch.setattr(reference, "gaussian_nll_backward", wrong)
+    monkeypatch.setattr(plain, "gaussian_nll_backward", wrong)
 
 
 def other_noise_in_the_backward(monkeypatch):
-    monkeypatch.setattr(reference, "draw", lambda mu, noise: torch.randn_like(mu))
+    monkeypatch.setattr(plain, "draw", lambda mu, noise: torch.randn_like(mu))
 
 
 def too_much_noise(monkeypatch):
-    right = reference.draw
-    monkeypatch.setattr(reference, "draw", lambda mu, noise: 2 * right(mu, noise))
+    right = plain.draw
+    monkeypatch.setattr(plain, "draw", lambda mu, noise: 2 * right(mu, noise))
 
 
 def an_error(monkeypatch):

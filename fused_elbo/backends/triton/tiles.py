@@ -8,6 +8,8 @@ alone: same inputs, same bits.
 import triton
 import triton.language as tl
 
+from .arithmetic import INTERPRETED
+
 # Elements of the tile in which partial sums are added up.
 COMBINE_TILE = tl.constexpr(1024)
 
@@ -57,6 +59,11 @@ def load(base, row, column, row_mask, mask, sizes, strides, dtype: tl.constexpr)
 def store(base, row, column, mask, sizes, strides, value):
     """A tile into memory of any dtype."""
     where = pointers(base, row, column, sizes, strides)
+    if INTERPRETED and where.dtype.element_ty == tl.bfloat16:
+        # The interpreter cuts off what hardware rounds: half of the last place is added first, towards even.
+        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        value = tl.where(value == value, rounded, value.to(tl.float32))
     tl.store(where, _converted(value, where.dtype.element_ty), mask)
 
 
