@@ -47,9 +47,7 @@ def run(echo: Callable[[str], None] = print) -> int:
         # Read when the backend is first loaded: without a GPU its kernels run in Triton's interpreter.
         os.environ.setdefault("TRITON_INTERPRET", "1")
     failures = []
-    echo(
-        f"Operations on {device}: largest error as a share of the envelope (float64: gradcheck as well, and on the reference gradgradcheck)"
-    )
+    echo(f"Operations on {device}: largest error as a share of the envelope (float64: gradcheck too; reference: gradgradcheck)")
     echo(_row("backend", "operation", *(str(d).removeprefix("torch.") for d in DTYPES)))
     for name in ops.BACKENDS:
         reason = ops.unavailable(name, device.type)
