@@ -1,7 +1,7 @@
 """The operations as torch sees them: schemas, fakes and autograd formulas, for whatever looks at operators.
 
-Eager code calls the autograd Functions, which take a fraction of an operator's host time. A compiler, an exporter, a tensor
-subclass and a dispatch mode need operators. ``sample`` and ``nll`` are any objective's; their backward starts from the inputs.
+Eager code calls the autograd Functions, which take a fraction of an operator's host time. A compiler, an exporter and a tensor
+subclass need operators. ``sample`` and ``nll`` are any objective's; their backward starts from the inputs.
 ``latent`` and ``gaussian`` are the plain one's, with few arguments, since an operator takes some microseconds for each ten of
 them; ``gaussian`` returns the terms' gradients as well, which a compiler multiplies by the upstream gradient in the kernel of
 whatever comes next. A gradient has no second derivative here.
