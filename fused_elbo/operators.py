@@ -88,7 +88,7 @@ def _sample_backward(*args: Any) -> tuple[Tensor, ...]:
     call = call._replace(backend=ops.select(mu.device))
     tensors = (mu, raw, prior_mean, prior_raw)
     found = gradients(*tensors, noise, call, (g_z, g_kl, g_log_ratio), needs)
-    return _laid_out(found, _fake_sample_backward(*args))
+    return tuple(mu.new_empty(0) if g is None else g for g in found)
 
 
 def _fake_sample_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -128,8 +128,11 @@ def _fake_nll(x_hat: Tensor, x: Tensor, log_scale: Tensor | None, weight: Tensor
 def _nll_backward(upstream: Tensor, x_hat: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     log_scale, weight, mask, *options, needs = args
     call = (spec.Likelihood(*options), None, needs, ops.select(x_hat.device))
-    found = passed(x_hat, x, log_scale, weight, mask, upstream, call, want_nll=False)[1]
-    return _laid_out(found, _fake_nll_backward(upstream, x_hat, x, *args))
+    *found, g_scale = passed(x_hat, x, log_scale, weight, mask, upstream, call, want_nll=False)[1]
+    if g_scale is not None:
+        # Summed up from another shape, it may have come out in another layout.
+        (g_scale,) = _laid_out((g_scale,), (torch.empty_like(log_scale),))
+    return tuple(x_hat.new_empty(0) if g is None else g for g in (*found, g_scale))
 
 
 def _fake_nll_backward(upstream: Tensor, x_hat: Tensor, x: Tensor, log_scale: Tensor | None, *args: Any) -> tuple[Tensor, ...]:

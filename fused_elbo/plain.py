@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import arguments, operators, ops, routes, sampling
 from .autograd import ELBO, PosteriorCall, RsampleKL, apply, halves
-from .spec import Gaussian, Likelihood, Posterior
+from .spec import Gaussian, Likelihood, Posterior, signed
 
 NOTHING = (False,) * 5
 UNIT = Gaussian()
@@ -141,7 +141,7 @@ def _latent_operator(
 ) -> tuple[Tensor | None, Tensor | None]:
     """``latent`` for whatever takes no Function."""
     if routes.compiled(mu, logvar, seed, eps):
-        z, kl = operators.latent(mu, logvar, seed, eps, chunk_dim, first_index, sampling.signed(offset), want_kl)
+        z, kl = operators.latent(mu, logvar, seed, eps, chunk_dim, first_index, signed(offset), want_kl)
         return None if seed is None and eps is None else z, kl if want_kl else None
     eps = None if eps is None else eps.unsqueeze(0)
     call = PosteriorCall(Posterior(), None, chunk_dim, first_index, offset, want_kl="rows" if want_kl else None)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import operators, ops, sampling, sharding
+from . import operators, ops, sharding
 from .autograd import Posterior, PosteriorCall, apply
 from .autograd import likelihood as likelihood_rules
 from .autograd import posterior as posterior_rules
 from .autograd.common import noise_of
-from .spec import Likelihood
+from .spec import Likelihood, signed
 
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
@@ -68,7 +68,7 @@ def posterior(
     place = (
         call.chunk_dim,
         call.first_index,
-        sampling.signed(call.offset),
+        signed(call.offset),
         call.samples,
         call.want_kl,
         call.want_log_ratio,

@@ -23,11 +23,6 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
     return torch.randint(-(2**63), 2**63 - 1, (), device=device, generator=generator)
 
 
-def signed(offset: int) -> int:
-    """64 bits as torch's int."""
-    return offset if offset < 2**63 else offset - 2**64
-
-
 def noise(
     mu: Tensor,
     mean: Tensor,

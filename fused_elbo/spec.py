@@ -27,6 +27,11 @@ class Noise(NamedTuple):
     offset: int = 0
 
 
+def signed(offset: int) -> int:
+    """64 bits as torch's int."""
+    return offset if offset < 2**63 else offset - 2**64
+
+
 class Gaussian(NamedTuple):
     """The decoder p(x|z) = N(x_hat, sigma^2 I) with a fixed ``sigma``; ``full`` keeps the constant D/2 ln 2 pi."""
 

@@ -29,6 +29,7 @@ from ...spec import (
     PosteriorGradients,
     compute_dtype,
     elements_per_sample,
+    signed,
 )
 from . import library, tools
 
@@ -88,7 +89,7 @@ def rsample_kl(mu: Tensor, logvar: Tensor, noise: Noise | None, *, want_kl: bool
         return None, _rsample_kl(mu, logvar, None, None, 0, 0, None, want_kl) if want_kl else None
     seed, eps, first_index, offset = noise
     z = torch.empty_like(mu)
-    return z, _rsample_kl(mu, logvar, seed, eps, first_index, _signed(offset), z, want_kl)
+    return z, _rsample_kl(mu, logvar, seed, eps, first_index, signed(offset), z, want_kl)
 
 
 def rsample_kl_backward(
@@ -97,7 +98,7 @@ def rsample_kl_backward(
     if _outside(mu):
         return reference.rsample_kl_backward(g_z, g_kl, mu, logvar, noise, out)
     seed, eps, first_index, offset = noise or _NO_NOISE
-    return _rsample_kl_backward(g_z, g_kl, mu, logvar, seed, eps, first_index, _signed(offset), out.mu, out.logvar)
+    return _rsample_kl_backward(g_z, g_kl, mu, logvar, seed, eps, first_index, signed(offset), out.mu, out.logvar)
 
 
 def elbo(
@@ -199,7 +200,7 @@ def posterior(
     elements = torch.empty_like(mu, **terms) if want_kl == "elements" else None
     log_ratio = torch.empty((samples, mu.shape[0]), **terms) if want_log_ratio and noise is not None else None
     _posterior(
-        mu, raw, prior_mean, prior_raw, seed, eps, first_index, _signed(offset), *_raw(spec), spec.free_bits,
+        mu, raw, prior_mean, prior_raw, seed, eps, first_index, signed(offset), *_raw(spec), spec.free_bits,
         z, rows, elements, log_ratio,
     )  # fmt: skip
     return z, elements if rows is None else rows, log_ratio
@@ -226,7 +227,7 @@ def posterior_backward(
     seed, eps, first_index, offset = noise or _NO_NOISE
     shares = (spec.posterior_share, spec.prior_share)
     return _posterior_backward(
-        *upstream, *tensors, seed, eps, first_index, _signed(offset), samples, *_raw(spec), spec.free_bits, *shares, *out
+        *upstream, *tensors, seed, eps, first_index, signed(offset), samples, *_raw(spec), spec.free_bits, *shares, *out
     )
 
 
@@ -248,11 +249,6 @@ def _outside(t: Tensor) -> bool:
     """Whether the reference takes the call: a tensor of no memory (one that a compiler traces with, say), nothing to do, or
     more dimensions than a kernel takes."""
     return type(t) not in _PLAIN or t.numel() == 0 or (t.dim() > MOST_CUDA_DIMS and not t.is_cpu)
-
-
-def _signed(offset: int) -> int:
-    """64 bits as torch's int."""
-    return offset if offset < 2**63 else offset - 2**64
 
 
 def _load(device_type: str) -> str | None:
