@@ -48,9 +48,12 @@ def sample(
     if count == 0:
         raise ValueError("num_samples: got 0, takes at least 1")
     batch_dims = arguments.batch_dims(batch_dims, "mu", mean)
+    means = mean if num_samples is None else mean.expand(count, *mean.shape)
     if mask is not None and want_kl:
         kl = _masked_kl(mean, halves(mu, logvar, chunk_dim)[1], mask, given, choice, batch_dims)
-        z = sample(mu, logvar, chunk_dim or None, source, given, sample_=sample_, num_samples=num_samples, want_kl=False).z
+        if not sample_:
+            return Samples(means, kl, None)
+        z = sample(mu, logvar, chunk_dim or None, source, given, num_samples=num_samples, want_kl=False).z
         return Samples(z, kl, None)
     by_dim = choice.free_bits is not None and choice.free_bits_over == "dim"
     if by_dim and batch_dims != (0,):
@@ -70,7 +73,7 @@ def sample(
     )  # fmt: skip
     z, kl, log_ratio = routes.posterior(mu, logvar, choice.prior_mean, choice.prior_raw, seed, eps, call)
     if not sample_:
-        z = mean if num_samples is None else mean.expand(count, *mean.shape)
+        z = means
     elif num_samples is None:
         z = z[0]
     if kl is not None and by_dim:
