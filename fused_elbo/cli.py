@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -22,9 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for what the user can mend (said in one line on stderr), 130 after Ctrl-C.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="python -m fused_elbo", description="Fused losses for variational autoencoders.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands)
+    _add_bench(commands, argv[1:])
     _add_plain(commands)
     args = parser.parse_args(argv)
     try:
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
-    from .vae.config import LOSSES, TrainConfig
+    from .vae.config import HEADS, LOSSES, TrainConfig
     from .vae.model import MODELS
 
     parser = commands.add_parser(
@@ -53,6 +56,8 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
     add("model", str, "fully connected or convolutional", choices=tuple(MODELS))
     add("loss", str, "the library's loss, the classic lines of PyTorch, or both side by side", choices=(*LOSSES, "both"))
+    head_help = "the decoder's last layer before the loss, or in it: then training never holds its output (mlp, fused)"
+    add("head", str, head_help, choices=HEADS)
     add("epochs", int, "passes over the training digits", metavar="N")
     add("batch-size", int, "digits in a step", metavar="N")
     add("lr", float, "Adam's learning rate", metavar="X")
@@ -74,6 +79,18 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_train)
 
 
+def _add_bench(commands: argparse._SubParsersAction, argv: list[str]) -> None:
+    from .bench.options import add_arguments
+
+    parser = commands.add_parser(
+        "bench",
+        help="time every backend beside eager PyTorch and torch.compile, checked first",
+        description="Check every peer against float64, then time it in turn with the others. Ctrl-C keeps what is measured.",
+    )
+    add_arguments(parser)
+    parser.set_defaults(run=functools.partial(_bench, argv))
+
+
 def _add_plain(commands: argparse._SubParsersAction) -> None:
     for name, run, text, description in (
         (
@@ -90,6 +107,17 @@ def _add_plain(commands: argparse._SubParsersAction) -> None:
         ),
     ):
         commands.add_parser(name, help=text, description=description).set_defaults(run=run)
+
+
+def _bench(argv: list[str], args: argparse.Namespace) -> int:
+    try:
+        from .bench import command
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fused_elbo"):
+            raise
+        print(f"python -m fused_elbo bench: error: {error}: pip install 'fused-elbo[bench]'", file=sys.stderr)
+        return BAD_ARGUMENTS
+    return command.run(args, argv)
 
 
 def _check(args: argparse.Namespace) -> int:

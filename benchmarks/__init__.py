@@ -1,1 +1,0 @@
-"""Speed of the library beside its peers: ``python -m benchmarks.cpu``."""
