@@ -1,4 +1,4 @@
-"""The machine code of the CUDA library, where one was built (no GPU is needed to read it)."""
+"""The machine code of the CUDA library, where one was built (no GPU is needed to read it), against the table of budgets."""
 
 from __future__ import annotations
 
@@ -6,61 +6,87 @@ import re
 from pathlib import Path
 
 import pytest
-import sass
 
 from fused_elbo.backends.native import library
+from fused_elbo.codegen import __main__, budgets, hardware, native_kernels, sass
+from fused_elbo.codegen.report import Row
 
-LIBRARY = library.FOLDER / library.LIBRARIES["cuda"]
 README = (Path(__file__).parents[1] / "README.md").read_text()
-ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
-LATENT_FORWARD = "forward_kernelIffLNS0_6SourceE1E"
 # Kernels of the general operations by how rows are read: in vectors of a dtype, or by the element, computed with in float32 or
 # float64. Those of the likelihood are four families, in vectors with and without what an element may have beside its target.
-BY_ELEMENT = ["NS_3AnyEf", "NS_3AnyEd"]
+BY_ELEMENT = ["any in float32", "any in float64"]
 GENERAL = {
-    "likelihood_kernel": {"f": 8, "d": 8, "NS_8bfloat16E": 8, "NS_7float16E": 8} | dict.fromkeys(BY_ELEMENT, 4),
-    "posterior_kernel": dict.fromkeys(["f", "NS_8bfloat16E", "NS_7float16E", *BY_ELEMENT], 1),
-    "posterior_backward_kernel": dict.fromkeys(["f", "NS_8bfloat16E", "NS_7float16E", *BY_ELEMENT], 1),
+    "likelihood": {"float32": 8, "float64": 8, "bfloat16": 8, "float16": 8} | dict.fromkeys(BY_ELEMENT, 4),
+    "posterior": dict.fromkeys(["float32", "bfloat16", "float16", *BY_ELEMENT], 1),
+    "posterior_backward": dict.fromkeys(["float32", "bfloat16", "float16", *BY_ELEMENT], 1),
 }
 
 
 @pytest.fixture(scope="module")
-def kernels() -> list[sass.Kernel]:
-    program = sass.cuobjdump()
-    if not LIBRARY.exists() or program is None:
-        pytest.skip(f"there is no {LIBRARY.name} (make build), or no cuobjdump to read it with")
-    return sass.kernels(LIBRARY, program)
+def functions() -> list[tuple[int, sass.Function]]:
+    try:
+        __main__.COMPILERS["nvcc"]()
+    except sass.Unreadable as error:
+        pytest.skip(str(error))
+    return list(sass.Tools().functions_of(library.location("cuda")))
 
 
-def test_every_kernel_is_there_for_every_target(kernels):
-    names = {k.name for k in kernels}
+@pytest.fixture(scope="module")
+def rows(functions) -> list[Row]:
+    return [row for architecture, function in functions for row in native_kernels.read(architecture, function)]
+
+
+def test_every_kernel_is_there_for_every_target(functions):
+    names = {function.name for _, function in functions}
     assert f"{len(names)} of them for each GPU" in README
-    assert {(k.architecture, k.name) for k in kernels} == {(a, n) for a in ARCHITECTURES for n in names}
+    assert {(a, f.name) for a, f in functions} == {(a, n) for a in hardware.GPUS for n in names}
 
 
 @pytest.mark.parametrize("name", GENERAL)
-def test_the_general_operations_have_the_kernels_that_they_are_to_have(kernels, name):
-    found = {k.name for k in kernels if re.search(rf"\d{name}I", k.name)}
-    assert {read_as: sum(f"{name}I{read_as}" in n for n in found) for read_as in GENERAL[name]} == GENERAL[name]
+def test_the_general_operations_have_the_kernels_that_they_are_to_have(rows, name):
+    found = {(r.kernel, r.dtype) for r in rows if re.fullmatch(rf"{name}(, .*)?", r.kernel)}
+    assert {read_as: sum(dtype == read_as for _, dtype in found) for read_as in GENERAL[name]} == GENERAL[name]
     assert len(found) == sum(GENERAL[name].values())
 
 
-def test_no_kernel_keeps_anything_in_local_memory(kernels):
-    assert {(k.architecture, k.name): k.local_bytes for k in kernels if k.local_bytes} == {}
+def test_the_table_holds_what_is_compiled_and_nothing_else(rows):
+    assert {(r.kernel, r.dtype) for r in rows} == budgets.BUDGETS["nvcc"].keys()
 
 
-def test_dense_rows_are_read_and_written_16_bytes_at_a_time(kernels):
-    for k in kernels:
-        # Kernels for any strides and dtypes go by the element; some read a given KL or sum beside their tensors.
-        if not re.search(r"kernelINS_3Any", k.name):
-            assert 128 in k.loads, k
-            # Without noise the forward pass writes sums alone.
-            assert 128 in k.stores or "forward_kernel" in k.name, k
+def test_every_kernel_is_within_its_budget(rows):
+    version = native_kernels.compiler(library.location("cuda"))
+    assert {(r.kernel, r.dtype, r.architecture): over for r in rows if (over := r.record(version)["over"])} == {}
+    assert all(r.spilled == r.local == 0 for r in rows)
 
 
-def test_the_latent_forward_costs_what_the_readme_says(kernels):
+def test_dense_rows_are_read_and_written_16_bytes_at_a_time(rows):
+    # Kernels for any strides and dtypes go by the element, and have no loop whose instructions could be told.
+    by_element = {r for r in rows if r.dtype.startswith("any")}
+    assert all(r.instructions is None for r in by_element)
+    assert all(sass.WIDEST in r.widths and r.bytes > 0 for r in rows if r not in by_element)
+
+
+def test_the_latent_forward_costs_what_the_readme_says(rows):
     said = re.search(r"^\| latent forward[^|]*, CUDA C\+\+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE)
-    measured = {k.architecture: k.per_element for k in kernels if LATENT_FORWARD in k.name}
-    assert measured.keys() == ARCHITECTURES
-    for architecture, figure in zip(("sm_80", "sm_90", "sm_100"), said.groups(), strict=True):
+    measured = {r.architecture: r.instructions for r in rows if (r.kernel, r.dtype) == ("forward, noise: seed", "float32")}
+    assert measured.keys() == hardware.GPUS.keys()
+    for architecture, figure in zip(hardware.GPUS, said.groups(), strict=True):
         assert measured[architecture] == pytest.approx(float(figure), abs=0.06), architecture
+
+
+@pytest.mark.parametrize(
+    ("mangled", "name", "arguments"),
+    [
+        ("_ZN10fused_elbo12_GLOBAL__N_114forward_kernelINS_3AnyEfLNS0_6SourceE1EEEvv", "forward", ["any", "float32", "1"]),
+        ("_ZN10fused_elbo5_1_ab11elbo_kernelINS_8bfloat16EfNS_3AnyEfEEvv", "elbo", ["bfloat16", "float32", "any", "float32"]),
+        ("_ZN10fused_elbo5_1_ab11elbo_kernelINS_7float16ES2_S2_fEEvv", "elbo", ["float16", "float16", "float16", "float32"]),
+        ("_ZN10fused_elbo5_1_ab17likelihood_kernelIddLNS_6FamilyE2ELb1EEEvv", "likelihood", ["float64", "float64", "2", "1"]),
+    ],
+)
+def test_names_are_understood(mangled, name, arguments):
+    assert native_kernels.parse(mangled) == (name, arguments)
+
+
+def test_a_loop_that_does_not_move_whole_elements_is_no_main_loop():
+    with pytest.raises(ValueError, match="a turn moves 48 bytes"):
+        native_kernels.moves(16)(sass.Turn(wide=48, instructions=1))

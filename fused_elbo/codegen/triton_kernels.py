@@ -1,18 +1,13 @@
-"""Compile the kernels, as the host code launches them, for a GPU that need not be there, and read the machine code."""
+"""The Triton kernels, compiled as the host code launches them, for a GPU that need not be there."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-import json
-import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -20,40 +15,30 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from ... import spec
-from ...backends import triton as backend
-from .launch import WARPS
+from .. import spec
+from ..backends import triton as backend
+from ..backends.triton.launch import WARPS
+from . import sass
+from .hardware import LANES_PER_WARP
+from .report import Row, rows_of, takes
 
-ARCHITECTURES = (80, 90, 100)
-DTYPES = (torch.float32, torch.bfloat16)
-LANES_PER_WARP = 32
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of the variants only whether they compile is of interest, and what is computed with decides that. Elements of 2 bytes are
+# tried with the kernels of the noise, which take 8 of them at a time; float16 is loaded as bfloat16 is.
+VARIANT_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+VARIANT_ARCHITECTURE = 90
+NARROW = 2
+# Arguments that give the tile of a kernel's loops over tensors, from the one with the fewest instructions on.
+TILE = ("BLOCK", "ROWS")
+TILES = {
+    "elbo": {", data": TILE, ", latents": ("LATENT_BLOCK", "LATENT_ROWS")},
+    # A program has one tile there, so that its only loop is over samples.
+    "posterior with log ratios": {", a sample": TILE},
+}
 
 # Large enough for the launch rule's full tile and loop; the tensors have no memory.
 SHAPE = (64, 2**18)
 PAIRS = (16, 4, 2**18)
-
-
-class Report(NamedTuple):
-    """What the machine code of one kernel says.
-
-    ``instructions`` is the main loop's instructions an element of the tile, ``passes`` how often it reads or writes each; the
-    ``accesses`` are the widths in bits of all global loads and stores that stream tensors.
-    """
-
-    kernel: str
-    dtype: torch.dtype
-    architecture: int
-    registers: int
-    spilled: int
-    local: int
-    accesses: tuple[int, ...]
-    instructions: float
-    passes: float
-
-    @property
-    def clean(self) -> bool:
-        """No spills, no local memory, and every global access of the main loop 16 bytes wide."""
-        return self.spilled == 0 and self.local == 0 and set(self.accesses) == {128}
 
 
 def launches(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
@@ -79,8 +64,7 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
             a, b, None, None, None, 1.0, likelihood, spec.Gradients(), weight=1.0
         ),
         "elbo": lambda: backend.elbo(
-            a, b, *(tensor(SHAPE[0], 128) for _ in range(2)), None, 1.0, likelihood,
-            data._replace(mu=tensor(SHAPE[0], 128), logvar=tensor(SHAPE[0], 128)), weight=1.0,
+            a, b, tensor(*SHAPE), tensor(*SHAPE), None, 1.0, likelihood, latent._replace(x_hat=data.x_hat), weight=1.0,
         ),
         "gaussian_nll_backward": lambda: backend.gaussian_nll_backward(terms, a, b, likelihood, data),
         "rescale": lambda: backend.rescale_([data.x_hat], scalar, 1.0),
@@ -88,8 +72,16 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
             *_decoded(tensor), None, None, None, torch.empty(PAIRS[:2], device="meta"), spec.Likelihood("bernoulli"),
             spec.DataGradients(tensor(*PAIRS)),
         ),
+        "likelihood of levels": lambda: backend.likelihood(
+            tensor(*PAIRS), torch.empty(PAIRS, dtype=torch.uint8, device="meta"), None, None, None,
+            torch.empty(PAIRS[:2], device="meta"), spec.Likelihood("discretized_logistic", scale=1 / spec.LAST_LEVEL),
+            spec.DataGradients(tensor(*PAIRS)),
+        ),
         "posterior": lambda: backend.posterior(
             *(tensor(*SHAPE) for _ in range(4)), noise, spec.Posterior("softplus", 0.1), samples=4
+        ),
+        "posterior with log ratios": lambda: backend.posterior(
+            *(tensor(*SHAPE) for _ in range(4)), noise, spec.Posterior(), samples=4, want_log_ratio=True
         ),
         "posterior_backward": lambda: backend.posterior_backward(
             tensor(4, *SHAPE), terms[:, None].expand(SHAPE), None, None, *(tensor(*SHAPE) for _ in range(4)), noise,
@@ -131,6 +123,10 @@ def variants(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
             f"rsample_kl_backward, {name}": lambda t=t, noise=noise, terms=terms, grad=grad: backend.rsample_kl_backward(
                 t, terms, t, t, noise, spec.Gradients(mu=grad, logvar=grad)
             ),
+        }
+        if dtype.itemsize == NARROW:
+            continue
+        found |= {
             f"elbo, {name}": lambda t=t, grad=grad: backend.elbo(
                 t, t, t, t, None, 1.0, spec.Gaussian(), spec.Gradients(x_hat=grad, logvar=grad), weight=1.0
             ),
@@ -203,13 +199,30 @@ def general_variants(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def inspect(dtype: torch.dtype, architecture: int) -> Iterator[Report]:
-    """Compile every kernel for sm_``architecture`` and yield what its machine code says."""
+def inspect(dtype: torch.dtype, architecture: int, tools: sass.Tools) -> Iterator[Row]:
+    """Compile every launch for sm_``architecture`` and yield the rows of its kernel."""
     for name, launch in launches(dtype).items():
-        with _compile_only(architecture) as compiled:
-            launch()
-        ((kernel, tile),) = compiled
-        yield _read(name, dtype, architecture, kernel.asm["cubin"], tile)
+        with compiled(launch, architecture) as (path, options):
+            (function,) = tools.functions(path, switches=False)
+        loops = [
+            (part, takes(options[block] * options.get(rows, 1) / (WARPS * LANES_PER_WARP)))
+            for part, (block, rows) in TILES.get(name, {"": TILE}).items()
+        ]
+        # What adds up the rows' terms comes behind the loops over tensors, and reads 16 bytes at a time too.
+        found = function.loops[: len(loops)]
+        yield from rows_of("triton", name, str(dtype).removeprefix("torch."), architecture, function, loops, found)
+
+
+@contextlib.contextmanager
+def compiled(launch: Callable[[], Any], architecture: int) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A file with the machine code of a launch's one kernel, and the keyword arguments that it was launched with."""
+    with _compile_only(architecture) as found:
+        launch()
+    ((kernel, options),) = found
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        yield path, options
 
 
 class _Driver:
@@ -230,102 +243,31 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def _compile_only(architecture: int) -> Iterator[list[tuple[Any, int]]]:
-    """Launches compile and are collected, with the elements of their tile, instead of running."""
-    compiled: list[tuple[Any, int]] = []
+def _compile_only(architecture: int) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
+    """Launches compile and are collected, with their keyword arguments, instead of running."""
+    found: list[tuple[Any, dict[str, Any]]] = []
     run = JITFunction.run
 
     def warm_up(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        compiled.append((kernel, options["BLOCK"] * options.get("ROWS", 1)))
+        found.append((kernel, options))
         return kernel
 
-    # Resetting to the default driver would fail where there is no GPU: put back what was there, which may be none yet.
-    previous = triton.runtime.driver._active
     JITFunction.run = warm_up
-    triton.runtime.driver.set_active(_Driver(architecture))
     try:
-        yield compiled
+        with no_gpu_needed(architecture):
+            yield found
     finally:
         JITFunction.run = run
-        triton.runtime.driver._active = previous
-
-
-def _usage(path: Path) -> dict[str, int]:
-    """Registers (REG) and bytes of local memory (STACK, LOCAL) of a thread."""
-    printed = _tool("cuobjdump", "--dump-resource-usage", str(path))
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
 
 
 @contextlib.contextmanager
-def _file(cubin: bytes) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        yield path
-
-
-def _read(name: str, dtype: torch.dtype, architecture: int, cubin: bytes, tile: int) -> Report:
-    with _file(cubin) as path:
-        numbers = _usage(path)
-        code = _tool("nvdisasm", "--print-code", str(path))
-    labels: dict[str, int] = {}
-    instructions: list[str] = []
-    for line in code.splitlines():
-        if label := re.match(r"\s*(\.L_\w+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            instructions.append(instruction[1])
-    jumps = [(i, re.search(r"\bBRA\b.*`\((\.L_\w+)\)", text)) for i, text in enumerate(instructions)]
-    loops = [(labels[jump[1]], i + 1) for i, jump in jumps if jump and labels[jump[1]] < i]
-    streams = re.compile(r"\b(?:LDG|STG)\.E\S*")
-
-    def widths(loop: tuple[int, int]) -> list[int]:
-        found = (streams.search(text) for text in instructions[slice(*loop)])
-        sizes = (re.search(r"\.(64|128)\b", access[0]) for access in found if access)
-        return [int(size[1]) if size else 32 for size in sizes]
-
-    # The loops that combine partial sums are told by their loads, which have GPU scope.
-    streaming = [loop for loop in sorted(loops) if widths(loop) and not any("STRONG" in i for i in instructions[slice(*loop)])]
-    start, end = streaming[0]
-    elements = tile / (WARPS * LANES_PER_WARP)
-    return Report(
-        name,
-        dtype,
-        architecture,
-        numbers["REG"],
-        sum("LDL" in text or "STL" in text for text in instructions),
-        numbers["STACK"] + numbers["LOCAL"],
-        tuple(itertools.chain.from_iterable(map(widths, streaming))),
-        (end - start) / elements,
-        sum(widths(streaming[0])) / (8 * dtype.itemsize * elements),
-    )
-
-
-def _tool(name: str, *arguments: str) -> str:
-    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def main() -> None:
-    """Print the report of every dtype, architecture and kernel as a line of JSON; with ``--variants``, compile those too."""
-    if "--variants" in sys.argv[1:]:
-        for dtype in (torch.float64, *DTYPES):
-            for name, launch in variants(dtype).items():
-                with _compile_only(90) as compiled:
-                    launch()
-                ((kernel, _),) = compiled
-                with _file(kernel.asm["cubin"]) as path:
-                    usage = _usage(path)
-                record = {"variant": name, "dtype": str(dtype).removeprefix("torch."), "stack": usage["STACK"] + usage["LOCAL"]}
-                print(json.dumps(record), flush=True)
-        return
-    for dtype in DTYPES:
-        for architecture in ARCHITECTURES:
-            for report in inspect(dtype, architecture):
-                name = str(dtype).removeprefix("torch.")
-                print(json.dumps({**report._asdict(), "dtype": name, "clean": report.clean}), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def no_gpu_needed(architecture: int) -> Iterator[None]:
+    """Triton takes the current device for one of sm_``architecture``, which it can compile for and not run on."""
+    # Resetting to the default driver would fail where there is no GPU: put back what was there, which may be none yet.
+    previous = triton.runtime.driver._active
+    triton.runtime.driver.set_active(_Driver(architecture))
+    try:
+        yield
+    finally:
+        triton.runtime.driver._active = previous

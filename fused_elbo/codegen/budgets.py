@@ -1,0 +1,232 @@
+"""The budgets, in one table: what each kernel's machine code may cost. A kernel over its budget fails ``make codegen``.
+
+No kernel may spill or keep anything in local memory, and the bytes that an element moves in 16-byte accesses are exact.
+Registers are what was measured, rounded up to the 8 that hardware hands out at a time; instructions an element are what was
+measured and 3%. Those two depend on the compiler: with another version than the table's, a kernel may take 25% more
+instructions than its budget, and any registers. ``python -m fused_elbo.codegen --propose`` prints the table that today's code
+would get.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from .report import Row
+
+VERSIONS = {"triton": "3.7.1", "nvcc": "13.0.88"}
+SLACK = 1.03
+OTHER_VERSION = 1.25
+REGISTER_UNIT = 8
+MOST_REGISTERS = 255
+
+
+class Limit(NamedTuple):
+    """``bytes`` an element are exact; ``registers`` of a thread and ``instructions`` an element are the most allowed."""
+
+    bytes: float
+    registers: int
+    instructions: float
+
+
+def limit(compiler: str, version: str, kernel: str, dtype: str, architecture: int) -> Limit | None:
+    """The budget of a row; None if it has none."""
+    entry = BUDGETS[compiler].get((kernel, dtype))
+    if entry is None:
+        return None
+    moved, registers, instructions = entry[ARCHITECTURES.index(architecture)]
+    if version != VERSIONS[compiler]:
+        return Limit(moved, MOST_REGISTERS, OTHER_VERSION * instructions)
+    return Limit(moved, registers, instructions)
+
+
+def may_access_narrower(compiler: str, kernel: str) -> bool:
+    """Whether a loop has more than its 16-byte accesses: operands of any dtype (8-bit targets, masks), or sums."""
+    mixed = ("likelihood", "posterior") if compiler == "nvcc" else ("likelihood of levels", "posterior with log ratios")
+    return kernel.startswith(mixed)
+
+
+def proposal(rows: Iterable[Row]) -> Iterator[str]:
+    """Lines of ``BUDGETS`` for rows as they are."""
+    table: dict[str, dict[tuple[str, str], dict[int, Row]]] = {}
+    for row in rows:
+        table.setdefault(row.compiler, {}).setdefault((row.kernel, row.dtype), {})[row.architecture] = row
+    for compiler, kernels in table.items():
+        yield f'    "{compiler}": {{'
+        for (kernel, dtype), by_architecture in sorted(kernels.items()):
+            entries = ", ".join(_budget(by_architecture[architecture]) for architecture in ARCHITECTURES)
+            yield f'        ("{kernel}", "{dtype}"): ({entries}),'
+        yield "    },"
+
+
+def _budget(row: Row) -> str:
+    registers = math.ceil(row.registers / REGISTER_UNIT) * REGISTER_UNIT
+    return f"({row.bytes:g}, {registers}, {math.ceil(10 * SLACK * (row.instructions or 0)) / 10:g})"
+
+
+ARCHITECTURES = (80, 90, 100)
+# (kernel, dtype): (bytes an element, registers, instructions an element) on each of ARCHITECTURES.
+BUDGETS: dict[str, dict[tuple[str, str], tuple]] = {
+    "triton": {
+        ("elbo, data", "bfloat16"): ((6, 96, 8.1), (6, 96, 7.7), (6, 96, 6.7)),
+        ("elbo, data", "float16"): ((6, 96, 7.1), (6, 96, 6.7), (6, 96, 5.7)),
+        ("elbo, data", "float32"): ((12, 96, 4.9), (12, 96, 4.5), (12, 96, 3.5)),
+        ("elbo, latents", "bfloat16"): ((8, 96, 33.8), (8, 96, 33.9), (8, 96, 24.1)),
+        ("elbo, latents", "float16"): ((8, 96, 32.8), (8, 96, 32.9), (8, 96, 23.1)),
+        ("elbo, latents", "float32"): ((16, 96, 30.2), (16, 96, 30.3), (16, 96, 21)),
+        ("gaussian_nll", "bfloat16"): ((6, 96, 7.7), (6, 96, 7.7), (6, 96, 6.7)),
+        ("gaussian_nll", "float16"): ((6, 96, 6.7), (6, 96, 6.7), (6, 96, 5.7)),
+        ("gaussian_nll", "float32"): ((12, 96, 4.5), (12, 96, 4.5), (12, 96, 3.5)),
+        ("gaussian_nll without gradient", "bfloat16"): ((4, 96, 6), (4, 96, 6), (4, 96, 4.9)),
+        ("gaussian_nll without gradient", "float16"): ((4, 96, 4.9), (4, 96, 4.9), (4, 96, 3.9)),
+        ("gaussian_nll without gradient", "float32"): ((8, 96, 3.1), (8, 96, 3.1), (8, 96, 2.1)),
+        ("gaussian_nll_backward", "bfloat16"): ((6, 40, 6.7), (6, 40, 6.7), (6, 40, 5.7)),
+        ("gaussian_nll_backward", "float16"): ((6, 40, 5.7), (6, 40, 5.7), (6, 40, 4.6)),
+        ("gaussian_nll_backward", "float32"): ((12, 48, 3.5), (12, 48, 3.5), (12, 48, 3.5)),
+        ("likelihood", "bfloat16"): ((6, 96, 35.3), (6, 96, 34.7), (6, 96, 24.9)),
+        ("likelihood", "float16"): ((6, 96, 33.8), (6, 96, 33.7), (6, 96, 23.9)),
+        ("likelihood", "float32"): ((12, 96, 32), (12, 96, 32), (12, 96, 23.2)),
+        ("likelihood of levels", "bfloat16"): ((4, 96, 74.7), (4, 96, 74.6), (4, 104, 56.1)),
+        ("likelihood of levels", "float16"): ((4, 96, 74.2), (4, 96, 74.1), (4, 104, 55.5)),
+        ("likelihood of levels", "float32"): ((8, 96, 73.6), (8, 96, 74.6), (8, 96, 56.7)),
+        ("posterior", "bfloat16"): ((10, 96, 140.8), (10, 96, 140.8), (10, 96, 108.6)),
+        ("posterior", "float16"): ((10, 96, 138.7), (10, 96, 138.7), (10, 96, 106.8)),
+        ("posterior", "float32"): ((20, 96, 132.5), (20, 96, 132.7), (20, 96, 101.9)),
+        ("posterior with log ratios, a sample", "bfloat16"): ((2, 120, 31.9), (2, 120, 32.2), (2, 96, 29.7)),
+        ("posterior with log ratios, a sample", "float16"): ((2, 112, 31.9), (2, 120, 32.2), (2, 96, 29.7)),
+        ("posterior with log ratios, a sample", "float32"): ((4, 112, 31.5), (4, 120, 31.9), (4, 112, 28.6)),
+        ("posterior_backward", "bfloat16"): ((18, 128, 127.5), (18, 112, 126.9), (18, 128, 100)),
+        ("posterior_backward", "float16"): ((18, 128, 123.6), (18, 112, 123.8), (18, 128, 97.4)),
+        ("posterior_backward", "float32"): ((36, 96, 130.1), (36, 96, 129.8), (36, 104, 109.2)),
+        ("rescale", "bfloat16"): ((4, 32, 4.6), (4, 32, 4.6), (4, 32, 4.1)),
+        ("rescale", "float16"): ((4, 32, 4.1), (4, 32, 4.1), (4, 40, 3.6)),
+        ("rescale", "float32"): ((8, 32, 3.5), (8, 32, 3.5), (8, 32, 3.5)),
+        ("rsample_kl", "bfloat16"): ((6, 96, 50.2), (6, 96, 51.2), (6, 112, 42.2)),
+        ("rsample_kl", "float16"): ((6, 96, 49.2), (6, 96, 50.2), (6, 112, 41.3)),
+        ("rsample_kl", "float32"): ((12, 96, 44.9), (12, 96, 45.9), (12, 120, 39.1)),
+        ("rsample_kl_backward", "bfloat16"): ((10, 112, 52.5), (10, 112, 52.4), (10, 112, 41.1)),
+        ("rsample_kl_backward", "float16"): ((10, 104, 50.9), (10, 104, 50.8), (10, 104, 39.5)),
+        ("rsample_kl_backward", "float32"): ((20, 72, 46.7), (20, 80, 47.2), (20, 80, 47.2)),
+    },
+    "nvcc": {
+        ("backward, noise: eps", "any in float32"): ((0, 80, 0), (0, 80, 0), (0, 88, 0)),
+        ("backward, noise: eps", "any in float64"): ((0, 96, 0), (0, 104, 0), (0, 104, 0)),
+        ("backward, noise: eps", "bfloat16"): ((12, 152, 35), (12, 152, 34.7), (12, 144, 25.1)),
+        ("backward, noise: eps", "float16"): ((12, 152, 34.7), (12, 152, 35.2), (12, 144, 25.1)),
+        ("backward, noise: eps", "float32"): ((24, 136, 33), (24, 128, 33), (24, 88, 27.1)),
+        ("backward, noise: eps", "float64"): ((48, 136, 69.8), (48, 136, 78.6), (48, 152, 78.6)),
+        ("backward, noise: none", "any in float32"): ((0, 72, 0), (0, 80, 0), (0, 80, 0)),
+        ("backward, noise: none", "any in float64"): ((0, 88, 0), (0, 88, 0), (0, 96, 0)),
+        ("backward, noise: none", "bfloat16"): ((10, 120, 34.1), (10, 120, 34), (10, 120, 21.8)),
+        ("backward, noise: none", "float16"): ((10, 128, 34.2), (10, 120, 34), (10, 120, 21.8)),
+        ("backward, noise: none", "float32"): ((20, 120, 31.7), (20, 112, 32), (20, 72, 24.1)),
+        ("backward, noise: none", "float64"): ((40, 112, 65.5), (40, 128, 78.1), (40, 128, 73.7)),
+        ("backward, noise: seed", "any in float32"): ((0, 80, 0), (0, 88, 0), (0, 80, 0)),
+        ("backward, noise: seed", "any in float64"): ((0, 96, 0), (0, 112, 0), (0, 120, 0)),
+        ("backward, noise: seed", "bfloat16"): ((10, 152, 51.6), (10, 152, 51.5), (10, 160, 40.9)),
+        ("backward, noise: seed", "float16"): ((10, 152, 51.4), (10, 152, 51.5), (10, 160, 40.9)),
+        ("backward, noise: seed", "float32"): ((20, 120, 51), (20, 120, 51), (20, 96, 44.6)),
+        ("backward, noise: seed", "float64"): ((40, 128, 133.7), (40, 128, 173.6), (40, 160, 166.7)),
+        ("elbo", "any, latents any"): ((0, 104, 0), (0, 104, 0), (0, 112, 0)),
+        ("elbo, data", "bfloat16, latents any"): ((8, 104, 10.3), (8, 88, 10.3), (8, 104, 7.6)),
+        ("elbo, data", "bfloat16, latents bfloat16"): ((8, 120, 10.3), (8, 104, 10.3), (8, 104, 7.6)),
+        ("elbo, data", "bfloat16/float32, latents any"): ((12, 104, 8.7), (12, 88, 8.7), (12, 104, 6.2)),
+        ("elbo, data", "bfloat16/float32, latents bfloat16"): ((12, 120, 8.7), (12, 104, 8.7), (12, 104, 6.2)),
+        ("elbo, data", "float16, latents any"): ((8, 104, 10.3), (8, 88, 10.3), (8, 104, 7.6)),
+        ("elbo, data", "float16, latents float16"): ((8, 120, 10.3), (8, 112, 10.3), (8, 104, 7.6)),
+        ("elbo, data", "float16/float32, latents any"): ((12, 104, 8.7), (12, 88, 8.7), (12, 104, 6.2)),
+        ("elbo, data", "float16/float32, latents float16"): ((12, 120, 8.7), (12, 112, 8.7), (12, 104, 6.2)),
+        ("elbo, data", "float32, latents any"): ((16, 104, 6.9), (16, 88, 7), (16, 104, 4.8)),
+        ("elbo, data", "float32, latents float32"): ((16, 112, 6.9), (16, 96, 7), (16, 112, 4.8)),
+        ("elbo, data", "float64, latents any"): ((32, 104, 11.6), (32, 96, 13.1), (32, 104, 12.4)),
+        ("elbo, data", "float64, latents float64"): ((32, 112, 11.6), (32, 128, 13.1), (32, 120, 12.4)),
+        ("elbo, latents", "bfloat16, latents bfloat16"): ((8, 120, 31.1), (8, 104, 31.1), (8, 104, 22.8)),
+        ("elbo, latents", "bfloat16/float32, latents bfloat16"): ((8, 120, 31.1), (8, 104, 31.1), (8, 104, 22.8)),
+        ("elbo, latents", "float16, latents float16"): ((8, 120, 31.1), (8, 112, 31.1), (8, 104, 22.8)),
+        ("elbo, latents", "float16/float32, latents float16"): ((8, 120, 31.1), (8, 112, 31.1), (8, 104, 22.8)),
+        ("elbo, latents", "float32, latents float32"): ((16, 112, 27.8), (16, 96, 27.8), (16, 112, 19.9)),
+        ("elbo, latents", "float64, latents float64"): ((32, 112, 55), (32, 128, 59.1), (32, 120, 57.1)),
+        ("forward, noise: eps", "any in float32"): ((0, 80, 0), (0, 72, 0), (0, 96, 0)),
+        ("forward, noise: eps", "any in float64"): ((0, 88, 0), (0, 96, 0), (0, 112, 0)),
+        ("forward, noise: eps", "bfloat16"): ((8, 88, 27.3), (8, 88, 27.4), (8, 96, 19.6)),
+        ("forward, noise: eps", "float16"): ((8, 88, 27.3), (8, 88, 27.4), (8, 96, 19.6)),
+        ("forward, noise: eps", "float32"): ((16, 80, 25.5), (16, 72, 25.4), (16, 96, 18.1)),
+        ("forward, noise: eps", "float64"): ((32, 88, 52.1), (32, 104, 60.3), (32, 104, 61.8)),
+        ("forward, noise: none", "any in float32"): ((0, 80, 0), (0, 72, 0), (0, 96, 0)),
+        ("forward, noise: none", "any in float64"): ((0, 80, 0), (0, 80, 0), (0, 104, 0)),
+        ("forward, noise: none", "bfloat16"): ((4, 80, 24.3), (4, 80, 24.2), (4, 96, 17)),
+        ("forward, noise: none", "float16"): ((4, 80, 24.3), (4, 80, 24.2), (4, 96, 17)),
+        ("forward, noise: none", "float32"): ((8, 80, 22.5), (8, 88, 22.4), (8, 96, 15.2)),
+        ("forward, noise: none", "float64"): ((16, 88, 46.5), (16, 112, 50.8), (16, 104, 51.5)),
+        ("forward, noise: seed", "any in float32"): ((0, 80, 0), (0, 72, 0), (0, 96, 0)),
+        ("forward, noise: seed", "any in float64"): ((0, 96, 0), (0, 96, 0), (0, 128, 0)),
+        ("forward, noise: seed", "bfloat16"): ((6, 96, 44.9), (6, 96, 45), (6, 120, 35.3)),
+        ("forward, noise: seed", "float16"): ((6, 96, 44.9), (6, 96, 45), (6, 120, 35.3)),
+        ("forward, noise: seed", "float32"): ((12, 104, 42.7), (12, 96, 42.8), (12, 120, 33.4)),
+        ("forward, noise: seed", "float64"): ((24, 128, 124.6), (24, 136, 163.8), (24, 144, 153.9)),
+        ("likelihood, bernoulli", "bfloat16"): ((12, 104, 54.6), (14, 104, 54), (12, 120, 52.3)),
+        ("likelihood, bernoulli", "float16"): ((12, 104, 54.6), (14, 104, 54), (12, 120, 52.3)),
+        ("likelihood, bernoulli", "float32"): ((16, 88, 61.6), (16, 88, 61.1), (16, 120, 60.6)),
+        ("likelihood, bernoulli", "float64"): ((64, 104, 290), (64, 104, 398.7), (64, 120, 401.8)),
+        ("likelihood, bernoulli, all", "any in float32"): ((0, 104, 0), (0, 112, 0), (0, 120, 0)),
+        ("likelihood, bernoulli, all", "any in float64"): ((0, 128, 0), (0, 120, 0), (0, 136, 0)),
+        ("likelihood, bernoulli, all", "bfloat16"): ((28, 136, 79), (30, 144, 79), (24, 160, 72.5)),
+        ("likelihood, bernoulli, all", "float16"): ((28, 136, 79), (30, 144, 79), (24, 160, 72.5)),
+        ("likelihood, bernoulli, all", "float32"): ((28, 96, 86.6), (28, 104, 84.8), (28, 120, 84)),
+        ("likelihood, bernoulli, all", "float64"): ((112, 144, 348.2), (112, 152, 452.2), (112, 152, 445)),
+        ("likelihood, discretized_logistic", "bfloat16"): ((12, 128, 100.2), (14, 120, 99.8), (12, 128, 100.6)),
+        ("likelihood, discretized_logistic", "float16"): ((12, 128, 100.2), (14, 120, 99.8), (12, 128, 100.6)),
+        ("likelihood, discretized_logistic", "float32"): ((16, 104, 108.5), (16, 112, 107.7), (16, 120, 107.2)),
+        ("likelihood, discretized_logistic", "float64"): ((64, 120, 549), (64, 120, 768.4), (64, 128, 769.5)),
+        ("likelihood, discretized_logistic, all", "any in float32"): ((0, 112, 0), (0, 112, 0), (0, 128, 0)),
+        ("likelihood, discretized_logistic, all", "any in float64"): ((0, 152, 0), (0, 152, 0), (0, 160, 0)),
+        ("likelihood, discretized_logistic, all", "bfloat16"): ((28, 152, 132.1), (36, 152, 133), (28, 160, 129.8)),
+        ("likelihood, discretized_logistic, all", "float16"): ((28, 152, 132.1), (36, 152, 133), (28, 160, 129.8)),
+        ("likelihood, discretized_logistic, all", "float32"): ((32, 112, 147.9), (32, 112, 147.1), (32, 120, 142.2)),
+        ("likelihood, discretized_logistic, all", "float64"): ((128, 176, 637.6), (128, 184, 849.3), (128, 192, 828.7)),
+        ("likelihood, gaussian", "bfloat16"): ((12, 88, 32.8), (14, 96, 32.8), (12, 120, 32.6)),
+        ("likelihood, gaussian", "float16"): ((12, 88, 32.8), (14, 96, 32.8), (12, 120, 32.6)),
+        ("likelihood, gaussian", "float32"): ((16, 88, 41.5), (16, 80, 40.2), (16, 120, 38.7)),
+        ("likelihood, gaussian", "float64"): ((64, 96, 106.1), (64, 104, 102), (64, 120, 100.5)),
+        ("likelihood, gaussian, all", "any in float32"): ((0, 112, 0), (0, 112, 0), (0, 128, 0)),
+        ("likelihood, gaussian, all", "any in float64"): ((0, 136, 0), (0, 136, 0), (0, 152, 0)),
+        ("likelihood, gaussian, all", "bfloat16"): ((28, 144, 63.4), (36, 152, 64.2), (28, 152, 57)),
+        ("likelihood, gaussian, all", "float16"): ((28, 144, 63.4), (36, 152, 64.2), (28, 152, 57)),
+        ("likelihood, gaussian, all", "float32"): ((32, 104, 76), (32, 112, 71.1), (32, 120, 67.5)),
+        ("likelihood, gaussian, all", "float64"): ((128, 152, 186), (128, 168, 178.2), (128, 168, 165.4)),
+        ("likelihood, laplace", "bfloat16"): ((12, 88, 35.8), (14, 96, 36), (12, 120, 35.5)),
+        ("likelihood, laplace", "float16"): ((12, 88, 35.8), (14, 96, 36), (12, 120, 35.5)),
+        ("likelihood, laplace", "float32"): ((16, 88, 44.6), (16, 80, 43.6), (16, 120, 41.8)),
+        ("likelihood, laplace", "float64"): ((64, 96, 115.9), (64, 104, 112.8), (64, 120, 110.8)),
+        ("likelihood, laplace, all", "any in float32"): ((0, 112, 0), (0, 112, 0), (0, 128, 0)),
+        ("likelihood, laplace, all", "any in float64"): ((0, 136, 0), (0, 136, 0), (0, 152, 0)),
+        ("likelihood, laplace, all", "bfloat16"): ((28, 144, 67.4), (36, 152, 68.2), (28, 152, 60.2)),
+        ("likelihood, laplace, all", "float16"): ((28, 144, 67.4), (36, 152, 68.2), (28, 152, 60.2)),
+        ("likelihood, laplace, all", "float32"): ((32, 104, 77.3), (32, 112, 77.6), (32, 120, 70.3)),
+        ("likelihood, laplace, all", "float64"): ((128, 152, 198.8), (128, 152, 192.1), (128, 168, 176.2)),
+        ("nll_backward", "any in float32"): ((0, 80, 0), (0, 72, 0), (0, 80, 0)),
+        ("nll_backward", "any in float64"): ((0, 88, 0), (0, 88, 0), (0, 88, 0)),
+        ("nll_backward", "bfloat16"): ((8, 56, 9.1), (8, 56, 9), (8, 56, 6.9)),
+        ("nll_backward", "bfloat16/float32"): ((12, 64, 7.4), (12, 56, 7.3), (12, 56, 5.5)),
+        ("nll_backward", "float16"): ((8, 56, 9.1), (8, 56, 9), (8, 56, 6.9)),
+        ("nll_backward", "float16/float32"): ((12, 64, 7.4), (12, 56, 7.3), (12, 56, 5.5)),
+        ("nll_backward", "float32"): ((16, 64, 5.8), (16, 64, 5.8), (16, 64, 4)),
+        ("nll_backward", "float64"): ((32, 64, 11.1), (32, 64, 10.3), (32, 64, 10.3)),
+        ("posterior", "any in float32"): ((0, 128, 0), (0, 128, 0), (0, 120, 0)),
+        ("posterior", "any in float64"): ((0, 160, 0), (0, 160, 0), (0, 184, 0)),
+        ("posterior", "bfloat16"): ((14, 128, 56.4), (14, 128, 57.5), (14, 120, 58.8)),
+        ("posterior", "float16"): ((14, 128, 56.4), (14, 128, 57.5), (14, 120, 58.8)),
+        ("posterior", "float32"): ((28, 128, 107.7), (28, 128, 111), (28, 120, 110.8)),
+        ("posterior_backward", "any in float32"): ((0, 96, 0), (0, 96, 0), (0, 120, 0)),
+        ("posterior_backward", "any in float64"): ((0, 160, 0), (0, 152, 0), (0, 200, 0)),
+        ("posterior_backward", "bfloat16"): ((26, 152, 89.1), (26, 144, 92.6), (26, 160, 119)),
+        ("posterior_backward", "float16"): ((26, 152, 89.1), (26, 144, 92.6), (26, 160, 119)),
+        ("posterior_backward", "float32"): ((52, 144, 194.7), (52, 136, 201.4), (52, 152, 213)),
+        ("rescale", "float64"): ((16, 80, 4.4), (16, 72, 5.1), (16, 104, 5.1)),
+        ("rescale, bfloat16 or float16", "float32"): ((4, 64, 3.7), (4, 64, 3.7), (4, 104, 3.3)),
+        ("rescale, float16 or bfloat16", "float32"): ((4, 64, 3.7), (4, 64, 3.7), (4, 104, 3.3)),
+        ("rescale, float32", "float32"): ((8, 64, 2.4), (8, 64, 2.4), (8, 104, 2)),
+    },
+}
