@@ -1,4 +1,4 @@
-"""Modules over the functions: the latent layer and the loss of a variational autoencoder."""
+"""Modules over the functions: the latent layer, the loss of a variational autoencoder, and a last layer with its loss."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import functional
+from . import functional, linear
 from .functional import ELBOTerms, LatentSample
-from .options import ELBOOptions, PosteriorOptions
+from .options import ELBOOptions, LikelihoodOptions, PosteriorOptions
 
 
 class GaussianLatent(torch.nn.Module):
@@ -102,7 +102,7 @@ class ELBOLoss(torch.nn.Module):
         self.inplace = inplace
         self.chunk_dim = chunk_dim
         self.chosen = chosen
-        self.log_sigma = torch.nn.Parameter(torch.tensor(log_sigma)) if isinstance(log_sigma, float) else log_sigma
+        self.log_sigma = _parameter(log_sigma)
 
     def forward(
         self,
@@ -136,8 +136,88 @@ class ELBOLoss(torch.nn.Module):
 
     def extra_repr(self) -> str:
         beta = "tensor" if isinstance(self.beta, Tensor) else self.beta
-        shown = f"beta={beta}", f"sigma={self.sigma!r}", f"full={self.full}", f"reduction={self.reduction!r}"
-        return ", ".join((*shown, *_described(self.chosen)))
+        return ", ".join((f"beta={beta}", *_reduced(self)))
+
+
+class LinearGaussianHead(torch.nn.Module):
+    """A decoder's last linear layer and the loss behind it, without the layer's output: ``head(h, x)`` is the nll.
+
+    Its parameters are those of ``torch.nn.Linear(in_features, out_features)``, ``weight`` and ``bias``, named and initialised
+    alike, so that a state dict of the one fits the other. See ``fused_elbo.linear_gaussian_nll``.
+
+    Args:
+        in_features, out_features: H, and D, the number of elements of a sample.
+        bias: whether there is one. Default True.
+        sigma, full, reduction, chunk_size: as for ``fused_elbo.linear_gaussian_nll``.
+        log_sigma: a learned scale: a tensor or parameter, or a float to begin with, of which the module makes a parameter.
+        device, dtype: of the parameters.
+        **likelihood: as for ``fused_elbo.nll``. What belongs to a batch (mask, weight) goes to the call.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        sigma: float | str = 1.0,
+        full: bool = False,
+        reduction: str = "mean",
+        chunk_size: int | tuple[int, int] | None = None,
+        log_sigma: float | Tensor | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **likelihood: Unpack[LikelihoodOptions],
+    ) -> None:
+        super().__init__()
+        layer = torch.nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = layer.weight
+        self.register_parameter("bias", layer.bias)
+        self.sigma = sigma
+        self.full = full
+        self.reduction = reduction
+        self.chunk_size = chunk_size
+        self.chosen = likelihood
+        self.log_sigma = _parameter(log_sigma)
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew, as torch.nn.Linear does."""
+        torch.nn.Linear.reset_parameters(self)
+
+    def forward(self, h: Tensor, x: Tensor, **likelihood: Unpack[LikelihoodOptions]) -> Tensor:
+        """Arguments, results and errors of ``fused_elbo.linear_gaussian_nll``."""
+        if self.log_sigma is not None:
+            likelihood = {"log_sigma": self.log_sigma, **likelihood}
+        return linear.linear_gaussian_nll(
+            h,
+            self.weight,
+            self.bias,
+            x,
+            sigma=self.sigma,
+            full=self.full,
+            reduction=self.reduction,
+            chunk_size=self.chunk_size,
+            **{**self.chosen, **likelihood},
+        )
+
+    def reconstruct(self, h: Tensor) -> Tensor:
+        """The decoder's output (N, D) for h (N, H), behind the activation; for "bernoulli" probabilities, not logits."""
+        return linear.reconstruction(h, self.weight, self.bias, self.chosen)
+
+    def extra_repr(self) -> str:
+        shown = f"in_features={self.in_features}", f"out_features={self.out_features}", f"bias={self.bias is not None}"
+        return ", ".join((*shown, *_reduced(self)))
+
+
+def _parameter(log_sigma: float | Tensor | None) -> Tensor | None:
+    return torch.nn.Parameter(torch.tensor(log_sigma)) if isinstance(log_sigma, float) else log_sigma
+
+
+def _reduced(loss: ELBOLoss | LinearGaussianHead) -> tuple[str, ...]:
+    shown = f"sigma={loss.sigma!r}", f"full={loss.full}", f"reduction={loss.reduction!r}"
+    return (*shown, *_described(loss.chosen))
 
 
 def _described(chosen: dict[str, object]) -> list[str]:

@@ -143,11 +143,11 @@ def rows_nll(
     tensors = [None if t is None else t.permute(order) for t in (x_hat, x, log_sigma, choice.weight, choice.mask)]
     shape = tensors[0].shape[: len(dims)]
     # Rows have two dimensions. A scale that is one number for a row has its gradient from the row's sum, so channels are rows
-    # too where they are what it depends on.
+    # too where they are what it depends on, unless a channel is a single element.
     channels = False
     if len(dims) == 1:
         sizes = () if log_sigma is None else tensors[2].shape[1:]
-        channels = len(sizes) > 0 and sizes[0] > 1 and all(size == 1 for size in sizes[1:])
+        channels = len(sizes) > 1 and sizes[0] > 1 and all(size == 1 for size in sizes[1:])
         if not channels:
             tensors = [None if t is None else t.unsqueeze(1) for t in tensors]
     elif len(dims) > 2:
@@ -287,9 +287,17 @@ def _masked_kl(
 
 def _optimal(x_hat: Tensor, x: Tensor, choice: LikelihoodChoice, dims: tuple[int, ...]) -> Tensor:
     """The terms with sigma^2 the batch's mean squared error, as a function of x_hat (sigma-VAE, arXiv:2006.13202, eq. 5)."""
-    unit = choice.spec._replace(full=False)
-    _, half_squares = rows_nll(x_hat, x, choice._replace(spec=unit), dims)
-    count = _observed(x_hat, choice, dims, half_squares)
+    _, half_squares = rows_nll(x_hat, x, of_unit_sigma(choice), dims)
+    return at_optimum(half_squares, _observed(x_hat, choice, dims, half_squares), choice)
+
+
+def of_unit_sigma(choice: LikelihoodChoice) -> LikelihoodChoice:
+    """What makes half the squared errors out of a choice whose sigma is optimal."""
+    return choice._replace(spec=choice.spec._replace(full=False))
+
+
+def at_optimum(half_squares: Tensor, count: Tensor, choice: LikelihoodChoice) -> Tensor:
+    """The terms, of any shape, from halves of sums of squared errors of ``count`` elements."""
     sums = half_squares.sum(), count.sum()
     if choice.group is not None:
         sums = groups.total(torch.stack(sums), choice.group).unbind()

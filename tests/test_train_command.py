@@ -114,14 +114,16 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(data, tmp_path):
 
 def test_both_losses_side_by_side(data, tmp_path):
     out = tmp_path / "both"
-    args = ("train", "--loss", "both", "--data", data, "--epochs", 2, "--device", "cpu", "--out", out)
+    # The eager training of the two has no head but the plain one.
+    args = ("train", "--loss", "both", "--head", "fused-linear", "--data", data, "--epochs", 2, "--device", "cpu", "--out", out)
     process = command(*args, env={**os.environ, "FUSED_ELBO_BACKEND": "reference"})
     text, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert {path.name for path in out.iterdir()} == {"fused", "eager", "comparison.json", "comparison.png"}
     for loss in ("fused", "eager"):
         assert {path.name for path in (out / loss).iterdir()} == RUN_FILES
-        assert json.loads((out / loss / "metrics.json").read_text())["config"]["loss"] == loss
+        config = json.loads((out / loss / "metrics.json").read_text())["config"]
+        assert (config["loss"], config["head"]) == (loss, "fused-linear" if loss == "fused" else "linear")
     for part in (
         "fused backend fused_elbo.reference",
         "plain-PyTorch fallback",

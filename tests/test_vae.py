@@ -76,6 +76,26 @@ def test_fused_and_eager_agree_step_by_step(config, data, model):
     assert fused[-STEPS_PER_EPOCH:].mean() < 0.6 * fused[0]
 
 
+def test_the_last_layer_in_the_loss_is_the_same_training(config):
+    runs = [replace(config, sigma=0.5, head=head, out=f"{config.out}-{head}") for head in ("linear", "fused-linear")]
+    apart, within = (train(run) for run in runs)
+    for name in ("loss", "nll", "kl"):
+        assert within["steps"][name] == pytest.approx(apart["steps"][name], rel=1e-5)
+    states = [checkpoint(run)["model"] for run in runs]
+    assert states[0].keys() == states[1].keys()
+    assert within["epochs"][-1]["heldout"] == pytest.approx(apart["epochs"][-1]["heldout"], rel=1e-5)
+
+
+def test_a_checkpoint_from_before_there_were_heads_can_be_resumed(config):
+    train(replace(config, epochs=1))
+    state = checkpoint(config)
+    del state["config"]["head"]
+    torch.save(state, config.folder / "checkpoint.pt")
+    with pytest.raises(RunError, match="--head got 'fused-linear', the checkpoint has 'linear'"):
+        train(replace(config, resume=True, head="fused-linear"))
+    assert train(replace(config, resume=True))["finished"]
+
+
 def test_the_elbo_does_not_depend_on_the_batch_size(data):
     model, heldout = build("mlp"), load_digits(data).heldout
     whole, parts = (evaluate(model, heldout, 0.25, size) for size in (1000, 7))
@@ -131,10 +151,11 @@ def test_the_seed_decides_every_bit(config):
         ({}, STEPS_PER_EPOCH + 5),
         ({"loss": "eager"}, 3),
         ({"model": "conv"}, STEPS_PER_EPOCH + 1),
+        ({"head": "fused-linear"}, 5),
         ({}, STEPS_PER_EPOCH),
         ({"batch_size": 100}, 8),
     ],
-    ids=["mlp", "eager", "conv", "last step of an epoch", "ragged batches"],
+    ids=["mlp", "eager", "conv", "fused-linear", "last step of an epoch", "ragged batches"],
 )
 def test_a_resumed_run_ends_with_the_same_bits(config, options, step):
     config = replace(config, **options)
@@ -213,6 +234,9 @@ def test_a_training_that_diverges_says_so_and_keeps_the_last_checkpoint(config):
     [
         ({"model": "gan"}, "--model: got 'gan', takes one of mlp, conv"),
         ({"loss": "both"}, "--loss: got 'both', takes one of fused, eager"),
+        ({"head": "cubic"}, "--head: got 'cubic', takes one of linear, fused-linear"),
+        ({"head": "fused-linear", "model": "conv"}, "--head: got 'fused-linear', takes the model mlp"),
+        ({"head": "fused-linear", "loss": "eager"}, "--head: got 'fused-linear', takes the loss fused"),
         ({"epochs": 0}, "--epochs: got 0, takes an integer of at least 1"),
         ({"batch_size": 0}, "--batch-size: got 0"),
         ({"latent_dim": 0}, "--latent-dim: got 0"),

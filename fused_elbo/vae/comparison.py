@@ -32,7 +32,7 @@ def compare(config: TrainConfig, folder: Path) -> dict[str, Any]:
     Each runs in a fresh process, so that its peak memory is its own.
 
     Args:
-        config: of both; its ``loss`` and ``out`` are not used.
+        config: of both; its ``loss`` and ``out`` are not used, and its ``head`` only with the fused loss.
         folder: where the two run folders go.
 
     Returns:
@@ -55,7 +55,8 @@ def compare(config: TrainConfig, folder: Path) -> dict[str, Any]:
         resume = config.resume and (out / run_folder.CHECKPOINT).exists()
         if not config.quiet:
             print(f"{loss} loss:", flush=True)
-        _train_in_subprocess(replace(config, loss=loss, out=str(out), resume=resume))
+        head = config.head if loss == "fused" else TrainConfig.head
+        _train_in_subprocess(replace(config, loss=loss, head=head, out=str(out), resume=resume))
         metrics[loss] = json.loads((out / run_folder.METRICS).read_text())
 
     from . import plots

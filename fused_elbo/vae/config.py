@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from .model import MODELS
 
 LOSSES = ("fused", "eager")
+HEADS = ("linear", "fused-linear")
 
 # The options that decide every bit of a run (`epochs` only decides when it ends). A checkpoint resumes with the same ones.
-FIXED_OPTIONS = ("model", "loss", "batch_size", "lr", "latent_dim", "sigma", "beta", "seed", "data", "device")
+FIXED_OPTIONS = ("model", "loss", "head", "batch_size", "lr", "latent_dim", "sigma", "beta", "seed", "data", "device")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class TrainConfig:
     Attributes:
         model: "mlp" (default) or "conv".
         loss: "fused" (default), or "eager": the same model, noise and loss in the classic lines of PyTorch.
+        head: "linear" (default), or "fused-linear": the decoder's last layer is part of the loss, and training never holds its
+            output. For the model "mlp", whose decoder ends in a linear layer, and the loss "fused".
         epochs: passes over the training digits. Default 10.
         batch_size: digits in a step. Default 32.
         lr: Adam's learning rate. Default 1e-3.
@@ -43,6 +46,7 @@ class TrainConfig:
 
     model: str = "mlp"
     loss: str = "fused"
+    head: str = "linear"
     epochs: int = 10
     batch_size: int = 32
     lr: float = 1e-3
@@ -61,6 +65,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._check("model", self.model in MODELS, f"one of {', '.join(MODELS)}")
         self._check("loss", self.loss in LOSSES, f"one of {', '.join(LOSSES)}")
+        self._check("head", self.head in HEADS, f"one of {', '.join(HEADS)}")
+        plain = self.head == HEADS[0]
+        self._check("head", plain or self.model == "mlp", "the model mlp, whose decoder ends in a linear layer")
+        self._check("head", plain or self.loss == "fused", "the loss fused")
         for name in ("epochs", "batch_size", "latent_dim"):
             self._check(name, getattr(self, name) >= 1, "an integer of at least 1")
         for name in ("lr", "sigma"):
@@ -88,6 +96,8 @@ def option(name: str) -> str:
 
 def conflicts(config: TrainConfig, stored: dict[str, Any]) -> list[str]:
     """The options, in words, in which ``config`` differs from the one a checkpoint was made with."""
+    # A checkpoint from before an option existed was made with its default.
+    stored = {field.name: field.default for field in fields(TrainConfig)} | stored
     return [
         f"{option(name)} got {getattr(config, name)!r}, the checkpoint has {stored[name]!r}"
         for name in FIXED_OPTIONS

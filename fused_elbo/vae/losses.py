@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import reference
 from ..functional import ELBOTerms, elbo_loss
+from ..linear import linear_gaussian_nll
 from ..sampling import draw_seed
-from .model import VAE
+from .model import MLPVAE, VAE
 
 
 def fused(model: VAE, x: Tensor, *, beta: float, sigma: float, seed: Tensor | None = None, first_index: int = 0) -> ELBOTerms:
@@ -20,6 +21,18 @@ def fused(model: VAE, x: Tensor, *, beta: float, sigma: float, seed: Tensor | No
     """
     x_hat, _, kl = model(x, seed=seed, first_index=first_index)
     return elbo_loss(x_hat, x, kl=kl, beta=beta, sigma=sigma, full=True)
+
+
+def fused_linear(
+    model: MLPVAE, x: Tensor, *, beta: float, sigma: float, seed: Tensor | None = None, first_index: int = 0
+) -> ELBOTerms:
+    """``fused`` with the decoder's last layer in the loss; ``nll`` is the mean over the batch, ()."""
+    z, kl = model.latent(model.encode(x), seed=seed, first_index=first_index)
+    layer = model.last_layer
+    nll = linear_gaussian_nll(
+        model.features(z), layer.weight, layer.bias, x, sigma=sigma, full=True, activation=model.ACTIVATION
+    )
+    return ELBOTerms(nll + beta * kl.mean(), nll, kl)
 
 
 def eager(model: VAE, x: Tensor, eps: Tensor, *, beta: float, sigma: float) -> ELBOTerms:

@@ -74,6 +74,10 @@ class MLPVAE(VAE):
         hidden: width of the two hidden layers, the one next to the image first. Default (512, 256).
     """
 
+    # Behind the last layer there is this, without parameters, and the image's shape.
+    ACTIVATION = "sigmoid"
+    BEHIND_LAST_LAYER = 2
+
     def __init__(self, latent_dim: int = 10, hidden: tuple[int, int] = (512, 256)) -> None:
         outer, inner = hidden
         encoder = nn.Sequential(
@@ -94,6 +98,15 @@ class MLPVAE(VAE):
             nn.Unflatten(1, IMAGE),
         )
         super().__init__(encoder, decoder, latent_dim)
+
+    @property
+    def last_layer(self) -> nn.Linear:
+        """The decoder's last layer with parameters."""
+        return self.decoder[-1 - self.BEHIND_LAST_LAYER]
+
+    def features(self, z: Tensor) -> Tensor:
+        """What the decoder gives its last layer for latents (N, d): (N, H)."""
+        return self.decoder[: -1 - self.BEHIND_LAST_LAYER](z)
 
 
 class ConvVAE(VAE):

@@ -127,12 +127,14 @@ class Objective(nn.Module):
         model: whose ``latent.generator`` gives each batch's seed. In every process it must be in the same state.
         loss: "fused" or "eager".
         beta, sigma: as for ``losses.fused``.
+        head: as for ``TrainConfig``. Default "linear".
     """
 
-    def __init__(self, model: VAE, loss: str, beta: float, sigma: float) -> None:
+    def __init__(self, model: VAE, loss: str, beta: float, sigma: float, head: str = "linear") -> None:
         super().__init__()
         self.model = model
         self.loss = loss
+        self.step = losses.eager if loss == "eager" else losses.fused_linear if head == "fused-linear" else losses.fused
         self.weights = {"beta": beta, "sigma": sigma}
 
     def noise(self, count: int, part: slice) -> dict[str, object]:
@@ -143,8 +145,7 @@ class Objective(nn.Module):
         return {"seed": draw_seed(generator.device, generator), "first_index": part.start * latent_dim}
 
     def forward(self, x: Tensor, **noise: object) -> ELBOTerms:
-        step = losses.eager if self.loss == "eager" else losses.fused
-        return step(self.model, x, **noise, **self.weights)
+        return self.step(self.model, x, **noise, **self.weights)
 
 
 def distributed(objective: Objective, ranks: Ranks) -> nn.Module:

@@ -119,7 +119,7 @@ class Trainer:
         self.model = build(config.model, latent_dim=config.latent_dim, seed=config.seed).to(self.device)
         self.noise = torch.Generator(self.device).manual_seed(config.seed)
         self.model.latent.generator = self.noise
-        self.objective = parallel.Objective(self.model, config.loss, config.beta, config.sigma)
+        self.objective = parallel.Objective(self.model, config.loss, config.beta, config.sigma, config.head)
         self.distributed = parallel.distributed(self.objective, ranks)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
         self.order_generator = torch.Generator().manual_seed(config.seed)
