@@ -6,6 +6,7 @@ import math
 
 import oracle
 import pytest
+import spies
 import torch
 from tolerances import FLOATS
 
@@ -103,30 +104,24 @@ def test_log_sigma_of_any_shape(backend, shape, dtype):
         assert_close(mine.grad, right.grad, dtype)
 
 
-class Calls:
-    """Counts a backend's passes."""
-
-    def __init__(self, module, monkeypatch, *names):
-        self.made = []
-        for name in names:
-            monkeypatch.setattr(module, name, self.counted(name, getattr(module, name)))
-
-    def counted(self, name, function):
-        def call(*args, **options):
-            self.made.append(name)
-            return function(*args, **options)
-
-        return call
-
-
 @pytest.mark.parametrize("options", [{}, {"log_sigma": torch.zeros((), requires_grad=True)}], ids=("fixed", "learned"))
 def test_the_gradient_is_made_in_the_forward_pass(backend, monkeypatch, options):
-    calls = Calls(ops.select(torch.device("cpu")), monkeypatch, "likelihood", "rescale_")
+    made = spies.counted(monkeypatch, torch.device("cpu"), ("likelihood", "rescale_"))
     x_hat, x = inputs()
     loss = fe.nll(x_hat.requires_grad_(), x, likelihood="laplace", **options)
-    assert calls.made == ["likelihood"]
+    assert made == ["likelihood"]
     loss.backward()
-    assert calls.made == ["likelihood", "rescale_"]
+    assert made == ["likelihood", "rescale_"]
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (40,)], ids=("elements", "channels"))
+def test_flat_data_are_read_by_the_row_whatever_their_scale(backend, monkeypatch, shape):
+    module, rows = ops.select(torch.device("cpu")), []
+    right = module.likelihood
+    monkeypatch.setattr(module, "likelihood", lambda x_hat, *a, **k: rows.append(x_hat.shape) or right(x_hat, *a, **k))
+    x_hat, x = (t.flatten(1) for t in inputs())
+    fe.nll(x_hat, x, log_sigma=torch.zeros(shape))
+    assert [tuple(shape) for shape in rows] == [(3, 1, 40)]
 
 
 def test_no_gradient_is_made_without_need(backend, monkeypatch):
