@@ -1,7 +1,8 @@
 """Fused losses for variational autoencoders: sampling, likelihood and KL, forward and backward in one pass each."""
 
-from . import autograd, nn, schedules
+from . import autograd, distributions, nn, schedules
 from ._version import __version__
+from .diagnostics import check_values
 from .functional import (
     ELBOTerms,
     LatentSample,
@@ -14,6 +15,7 @@ from .functional import (
     rsample_kl,
 )
 from .iwae import IWAETerms, WeightedSamples, iwae_loss, log_likelihood, rsample_log_ratio
+from .linear import linear_gaussian_nll
 from .ops import backend
 
 __all__ = [
@@ -24,11 +26,14 @@ __all__ = [
     "__version__",
     "autograd",
     "backend",
+    "check_values",
+    "distributions",
     "elbo_loss",
     "gaussian_nll",
     "iwae_loss",
     "kl_divergence",
     "kl_per_dim",
+    "linear_gaussian_nll",
     "log_likelihood",
     "nll",
     "nn",

@@ -110,7 +110,7 @@ def number(name: str, value: object) -> float:
     # To ask an abstract class takes 0.4 us.
     if type(value) is float:
         return value
-    if not isinstance(value, Real):
+    if not isinstance(value, (Real, torch.SymFloat)):
         raise TypeError(f"{name}: got {kind(value)}, takes a float")
     return float(value)
 

@@ -11,13 +11,13 @@ What is not the plain objective is chosen by the keyword arguments of ``fused_el
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import arguments, objective, options, plain, sampling
+from . import arguments, diagnostics, objective, options, plain, sampling
 from .options import ELBOOptions, LikelihoodOptions, PosteriorOptions
 
 
@@ -34,6 +34,13 @@ class ELBOTerms(NamedTuple):
     loss: Tensor
     nll: Tensor
     kl: Tensor
+
+    def backward(self, *_: object, **__: object) -> NoReturn:
+        """Says where to call it: these are three tensors."""
+        scalar = "out.loss.backward()"
+        if self.loss.dim():
+            scalar = 'one number: out.loss.mean().backward(), or reduction="mean"'
+        raise TypeError(f"backward: got loss {tuple(self.loss.shape)}, nll and kl of elbo_loss, takes {scalar}")
 
 
 def rsample_kl(
@@ -82,6 +89,8 @@ def rsample_kl(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
     """
+    if diagnostics.active:
+        diagnostics.latent(mu, logvar, chunk_dim, posterior, mask)
     source = (seed, generator, eps, first_index, offset)
     if num_samples is not None or mask is not None or batch_dims != (0,) or posterior:
         chosen = {"num_samples": num_samples, "mask": mask, "batch_dims": batch_dims}
@@ -104,6 +113,8 @@ def reparameterize(
     **posterior: Unpack[PosteriorOptions],
 ) -> Tensor:
     """The sample ``z`` of ``rsample_kl`` without the KL; arguments and errors are the same."""
+    if diagnostics.active:
+        diagnostics.latent(mu, logvar, chunk_dim, posterior)
     source = (seed, generator, eps, first_index, offset)
     if num_samples is not None or posterior:
         chosen = {"sample_": sample, "num_samples": num_samples, "want_kl": False}
@@ -136,12 +147,14 @@ def kl_divergence(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
     """
+    if diagnostics.active:
+        diagnostics.latent(mu, logvar, chunk_dim, posterior, mask)
     arguments.choice("reduction", reduction, arguments.REDUCTIONS)
     if mask is not None or batch_dims != (0,) or posterior:
         chosen = {"sample_": False, "mask": mask, "batch_dims": batch_dims}
         kl = objective.sample(mu, logvar, chunk_dim, sampling.NO_SOURCE, posterior, **chosen).kl
     else:
-        kl = plain.latent(*arguments.latent(mu, logvar, chunk_dim), want_kl=True)[1]
+        kl = plain.sample(mu, logvar, chunk_dim, False, sampling.NO_SOURCE, want_kl=True)[1]
     return kl if reduction == "none" else getattr(kl, reduction)()
 
 
@@ -159,6 +172,8 @@ def kl_per_dim(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
     """
+    if diagnostics.active:
+        diagnostics.latent(mu, logvar, chunk_dim, posterior)
     options.known(posterior, options.POSTERIOR_NAMES - {"free_bits", "free_bits_over", "process_group"})
     everything = tuple(range(arguments.batched("mu", mu).dim()))
     chosen = {"sample_": False, "batch_dims": everything}
@@ -196,6 +211,8 @@ def nll(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
     """
+    if diagnostics.active:
+        diagnostics.likelihood(x_hat, x, likelihood)
     return objective.likelihood(
         objective.checked(x_hat, x, sigma, full, likelihood, reduction=reduction, grad_scale=grad_scale)
     )[0]
@@ -236,6 +253,8 @@ def gaussian_nll(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
     """
+    if diagnostics.active:
+        diagnostics.likelihood(x_hat, x, likelihood)
     if likelihood or objective.beyond(sigma, x):
         _not_inplace(inplace)
         return objective.likelihood(
@@ -270,7 +289,8 @@ def elbo_loss(
         mu, logvar, chunk_dim: as for ``rsample_kl``.
         kl: (N,) the KL per sample, in place of ``mu`` and ``logvar``; with ``batch_dims``, of their shape.
         beta: weight of the KL: a float, one element on the device, or (N,), one weight per sample. Annealing it never waits for
-            the device; under ``torch.compile`` anneal a tensor, since each new float is a new graph. Default 1.
+            the device. Under ``torch.compile`` anneal a tensor, or a float with ``dynamic=True``: by itself the compiler makes
+            a new graph for a new float. Default 1.
         **chosen: ``ELBOOptions``: those of ``nll``, those of ``rsample_kl`` for ``mu`` and ``logvar``, and capacity. With
             ``kl`` given, ``free_bits`` takes ``free_bits_over="sample"``; the others belong to the call that made it.
 
@@ -281,6 +301,8 @@ def elbo_loss(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what it got and what it takes.
     """
+    if diagnostics.active:
+        diagnostics.objective(x_hat, x, mu, logvar, kl, chunk_dim, beta, sigma, chosen)
     if (mu is None) == (kl is None):
         got = "neither" if mu is None else "both"
         raise ValueError(f"kl: got {got} of mu and kl, takes the posterior (mu, logvar) or kl=, the KL per sample")

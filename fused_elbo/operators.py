@@ -33,7 +33,7 @@ _LIKELIHOOD = "str family, str activation, float log_scale_number, bool full, fl
 _library = torch.library.Library("fused_elbo", "FRAGMENT")
 
 
-def _register(name: str, schema: str, run: Callable, fake: Callable, *tags: torch.Tag) -> Callable:
+def register(name: str, schema: str, run: Callable, fake: Callable, *tags: torch.Tag) -> Callable:
     # Layouts are part of what an operation returns, so a compiler must hand over the strides that it was shown.
     _library.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order, *tags))
     _library.impl(name, run, "CompositeExplicitAutograd")
@@ -47,6 +47,17 @@ def _draw_seed(like: Tensor) -> Tensor:
 
 def _fake_seed(like: Tensor) -> Tensor:
     return like.new_empty((), dtype=torch.int64)
+
+
+def _normals(seed: Tensor, shape: list[int], first_index: int, offset: int, wide: bool) -> Tensor:
+    zero = torch.zeros(shape, dtype=torch.float64 if wide else torch.float32, device=seed.device)
+    noise = noise_of(seed, None, first_index, offset % 2**64)
+    # A sample of N(0, I) is its noise.
+    return ops.select(seed.device).rsample_kl(zero, zero, noise, want_kl=False)[0]
+
+
+def _fake_normals(seed: Tensor, shape: list[int], first_index: int, offset: int, wide: bool) -> Tensor:
+    return seed.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
 
 
 def _call(args: tuple) -> tuple[spec.Noise | None, PosteriorCall]:
@@ -241,30 +252,33 @@ def _gaussian_autograd(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor |
     return *found, None, None, None
 
 
-draw_seed = _register("draw_seed", "(Tensor like) -> Tensor", _draw_seed, _fake_seed, torch.Tag.nondeterministic_seeded)
-sample = _register("sample", f"({_TENSORS}, {_CALL}) -> (Tensor, Tensor, Tensor)", _sample, _fake_sample)
-sample_backward = _register(
+draw_seed = register("draw_seed", "(Tensor like) -> Tensor", _draw_seed, _fake_seed, torch.Tag.nondeterministic_seeded)
+normals = register(
+    "normals", "(Tensor seed, SymInt[] shape, SymInt first_index, SymInt offset, bool wide) -> Tensor", _normals, _fake_normals
+)
+sample = register("sample", f"({_TENSORS}, {_CALL}) -> (Tensor, Tensor, Tensor)", _sample, _fake_sample)
+sample_backward = register(
     "sample_backward",
     f"(Tensor? g_z, Tensor? g_kl, Tensor? g_log_ratio, {_TENSORS}, {_CALL}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     _sample_backward,
     _fake_sample_backward,
 )
-nll = _register("nll", f"({_DATA}, {_LIKELIHOOD}) -> Tensor", _nll, _fake_nll)
-nll_backward = _register(
+nll = register("nll", f"({_DATA}, {_LIKELIHOOD}) -> Tensor", _nll, _fake_nll)
+nll_backward = register(
     "nll_backward",
     f"(Tensor upstream, {_DATA}, {_LIKELIHOOD}, bool[] needs) -> (Tensor, Tensor, Tensor)",
     _nll_backward,
     _fake_nll_backward,
 )
 _LATENT = "Tensor mu, Tensor? logvar, Tensor? seed, Tensor? eps, int chunk_dim, SymInt first_index, SymInt offset, bool want_kl"
-latent = _register("latent", f"({_LATENT}) -> (Tensor, Tensor)", _latent, _fake_latent)
-latent_backward = _register(
+latent = register("latent", f"({_LATENT}) -> (Tensor, Tensor)", _latent, _fake_latent)
+latent_backward = register(
     "latent_backward",
     f"(Tensor? g_z, Tensor? g_kl, {_LATENT}, bool[] needs) -> (Tensor, Tensor)",
     _latent_backward,
     _fake_latent_backward,
 )
-gaussian = _register(
+gaussian = register(
     "gaussian",
     "(Tensor x_hat, Tensor x, float sigma, bool full, bool[] needs) -> (Tensor, Tensor, Tensor)",
     _gaussian,

@@ -58,6 +58,11 @@ def select(device: torch.device) -> ModuleType:
     return _default(device)
 
 
+def requested() -> str | None:
+    """The name of the backend that was asked for; None where the choice is free."""
+    return _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """Run the operations of a ``with`` block, and their backward passes, on one backend.

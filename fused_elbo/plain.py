@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import arguments, operators, ops, routes, sampling
-from .autograd import ELBO, PosteriorCall, RsampleKL, apply, halves
-from .spec import Gaussian, Likelihood, Posterior, signed
+from . import arguments, operators, ops, reference, routes, sampling
+from .autograd import ELBO, Excess, PosteriorCall, RsampleKL, apply, halves
+from .spec import Gaussian, Likelihood, Posterior, compute_dtype, signed
 
 NOTHING = (False,) * 5
 UNIT = Gaussian()
 
 
-def elbo(
+def elbo(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``loss``, ``nll`` and ``kl`` of ``fused_elbo.elbo_loss`` in its plain form, or without a KL at all."""
+    if torch.compiler.is_dynamo_compiling():
+        _in_graph()
+    return _elbo(*arguments)
+
+
+def _elbo(
     x_hat: Tensor,
     x: Tensor,
     mu: Tensor | None,
@@ -29,7 +37,6 @@ def elbo(
     grad_scale: float | Tensor,
     inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``loss``, ``nll`` and ``kl`` of ``fused_elbo.elbo_loss`` in its plain form, or without a KL at all."""
     x_hat = arguments.batched("x_hat", x_hat)
     x = arguments.like("x", x, "x_hat", x_hat)
     count = x_hat.shape[0]
@@ -41,7 +48,8 @@ def elbo(
     if kl is not None:
         kl = arguments.per_sample("kl", kl, "x_hat", x_hat)
     # The defaults need no check, and a check takes longer than to see that.
-    if type(beta) is not float:
+    # A compiler's symbol stands for a weight that changes: as a number it would be that of this call alone.
+    if type(beta) is not float and not isinstance(beta, torch.SymFloat):
         beta = arguments.scalar("beta", beta, "x_hat", x_hat)
     if type(grad_scale) is not float:
         grad_scale = arguments.grad_scale(grad_scale, x_hat)
@@ -82,7 +90,9 @@ def _composed(
     weight: float | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same of operations that each stand for themselves."""
-    if routes.compiled(x_hat, x):
+    if routes.left_to_compiler(x_hat, x):
+        nll = reference.gaussian_nll(x_hat, x, likelihood)
+    elif routes.compiled(x_hat, x):
         needs = [torch.is_grad_enabled() and t.requires_grad for t in (x_hat, x)]
         nll = operators.gaussian(x_hat, x, likelihood.sigma, likelihood.full, needs)[0]
     else:
@@ -94,7 +104,14 @@ def _composed(
     return terms if weight is None else weight * terms.sum(), nll, kl
 
 
-def sample(
+def sample(*arguments: Any, want_kl: bool) -> tuple[Tensor, Tensor | None]:
+    """``z``, the mean itself where no sample is wanted, and the KL if it is."""
+    if torch.compiler.is_dynamo_compiling():
+        _in_graph()
+    return _sample(*arguments, want_kl=want_kl)
+
+
+def _sample(
     mu: Tensor,
     logvar: Tensor | None,
     chunk_dim: int | None,
@@ -103,7 +120,6 @@ def sample(
     *,
     want_kl: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """``z``, the mean itself where no sample is wanted, and the KL if it is."""
     mu, logvar, chunk_dim = arguments.latent(mu, logvar, chunk_dim)
     if sample_:
         mean = mu if source[2] is None else halves(mu, logvar, chunk_dim)[0]
@@ -140,6 +156,13 @@ def _latent_operator(
     want_kl: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """``latent`` for whatever takes no Function."""
+    if routes.left_to_compiler(mu, logvar, seed, eps):
+        mu, logvar = halves(mu, logvar, chunk_dim)
+        if seed is not None:
+            wide = compute_dtype(mu, logvar) == torch.float64
+            eps = operators.normals(seed, mu.shape, first_index, signed(offset), wide)
+        z = None if eps is None else reference.reparameterize(mu, logvar, eps)
+        return z, reference.kl_divergence(mu, logvar, Excess.apply) if want_kl else None
     if routes.compiled(mu, logvar, seed, eps):
         z, kl = operators.latent(mu, logvar, seed, eps, chunk_dim, first_index, signed(offset), want_kl)
         return None if seed is None and eps is None else z, kl if want_kl else None
@@ -156,3 +179,18 @@ def _shard(
     place = (call.first_index, call.offset, call.chunk_dim, call.want_kl is not None, ops.select(mu.device))
     z, kl = apply(RsampleKL, mu, logvar, seed, eps, place)
     return z.unsqueeze(0), kl, None
+
+
+def _in_graph() -> None:
+    """The compiler that is tracing takes these functions into its graph, from here on, without a look at their lines.
+
+    It would guard every default, global and builtin that they read, in each call of what it compiled: some 260 guards, which
+    take longer than the formulas of a small batch.
+    """
+    for function in (_elbo, _sample):
+        torch.compiler.allow_in_graph(function)
+
+
+# Run when a call of it is traced, in place of being traced: torch.compiler.assume_constant_result, without the second and a
+# half that an import of the compiler takes.
+_in_graph._dynamo_marked_constant = True

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from . import operators, ops, sharding
@@ -21,6 +23,7 @@ from .autograd.common import noise_of
 from .spec import Likelihood, signed
 
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_TRACED = (*_PLAIN, FakeTensor, FunctionalTensor)
 
 
 def plainly(*tensors: Tensor | None) -> bool:
@@ -33,7 +36,15 @@ def plainly(*tensors: Tensor | None) -> bool:
 
 def compiled(*tensors: Tensor | None) -> bool:
     """Whether a compiler is tracing plain tensors, outside of transforms."""
-    return torch.compiler.is_compiling() and not _transformed() and all(type(t) in _PLAIN for t in tensors)
+    return torch.compiler.is_compiling() and not _transformed() and all(type(t) in _TRACED for t in tensors)
+
+
+def left_to_compiler(*tensors: Tensor | None) -> bool:
+    """Whether a compiler is to have the plain objective's formulas, with the noise alone from an operator.
+
+    On a CPU it writes them into the loops beside them, and an operator's call costs more than they do: see docs/pytorch.md.
+    """
+    return compiled(*tensors) and tensors[0].device.type == "cpu" and ops.requested() is None
 
 
 def posterior(

@@ -56,8 +56,9 @@ def noise(
 def seed_of(mu: Tensor, seed: int | Tensor | None, generator: torch.Generator | None) -> Tensor:
     if seed is None:
         if generator is None and torch.compiler.is_compiling():
-            # A compiler puts random numbers of its own in torch's place; an operator draws what eager code draws.
-            return torch.ops.fused_elbo.draw_seed.default(mu)
+            # A compiler puts random numbers of its own in torch's place; an operator draws what eager code draws. Two calls
+            # with the same arguments it would make one, whatever their tags say: nothing but empty tensors is never the same.
+            return torch.ops.fused_elbo.draw_seed.default(torch.empty(0, device=mu.device))
         return draw_seed(mu.device, generator)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:

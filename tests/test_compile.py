@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import mpmath
 import oracle
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import fused_elbo as fe
+from fused_elbo import accuracy
 
 
 class Model(torch.nn.Module):
@@ -59,6 +62,40 @@ def test_full_graph(backend, device, name, dynamic):
     assert_same(step(model, compiled, x), step(model, model, x))
 
 
+def operators_of(function, *inputs):
+    """The library's operators in the forward graph that a compiler is given."""
+    found = set()
+
+    def forward_graph(graph, _):
+        found.update(str(node.target) for node in graph.graph.nodes if "fused_elbo" in str(node.target))
+        return graph
+
+    compiled = torch.compile(function, backend=aot_autograd(fw_compiler=forward_graph), fullgraph=True)
+    compiled(*inputs)
+    return {name.split(".")[1] for name in found}
+
+
+def test_on_a_cpu_the_compiler_has_the_plain_formulas():
+    model, x = Model(), oracle.randn(16, 12)
+    assert operators_of(model, x) == {"draw_seed", "normals"}
+    with fe.backend("reference"):
+        assert operators_of(model, x) == {"draw_seed", "latent", "gaussian"}
+    assert operators_of(Model(*OPTIONS["both sides"]), x) == {"draw_seed", "sample", "nll"}
+
+
+@pytest.mark.parametrize("v", [0.0, 1e-6, -1e-3, 0.3, 40.0, -40.0])
+def test_the_kl_that_a_compiler_has_is_as_exact(v):
+    """Relative to the exact value and derivative, also where the classic lines cancel to nothing."""
+    logvar = torch.full((1, 7), v, requires_grad=True)
+    kl = torch.compile(lambda t: fe.kl_divergence(torch.zeros_like(t), t), fullgraph=True)(logvar)
+    kl.backward()
+    with mpmath.workdps(oracle.MPMATH_DIGITS):
+        exact = mpmath.mpf(logvar[0, 0].item())
+        value, slope = 7 * (mpmath.expm1(exact) - exact) / 2, mpmath.expm1(exact) / 2
+    assert float(abs(kl.item() - value)) <= accuracy.KL_RELATIVE[torch.float32] * float(value)
+    assert float(abs(logvar.grad[0, 0].item() - slope)) <= accuracy.KL_RELATIVE[torch.float32] * float(abs(slope))
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 def test_inductor_modes(device, mode):
     torch.manual_seed(0)
@@ -67,16 +104,17 @@ def test_inductor_modes(device, mode):
     assert_same(step(model, compiled, x), step(model, model, x))
 
 
-def test_no_recompilation_as_beta_anneals_and_the_last_batch_is_smaller(device):
+@pytest.mark.parametrize("kind", ["tensor", "float"])
+def test_no_recompilation_as_beta_anneals_and_the_last_batch_is_smaller(device, kind):
     torch.manual_seed(0)
-    model = Model(loss={"beta": torch.tensor(0.0, device=device)}).to(device)
+    model = Model().to(device)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
-    for batch, beta in ((16, 0.0), (16, 0.1), (16, 0.2), (7, 0.3), (5, 0.4)):
-        model.loss.beta = torch.tensor(beta, device=device)
+    for batch, beta in ((16, 0.05), (16, 0.1), (16, 0.2), (7, 0.3), (5, 0.4)):
+        model.loss.beta = torch.tensor(beta, device=device) if kind == "tensor" else beta
         x = oracle.randn(batch, 12, device=device)
         assert_same(step(model, compiled, x), step(model, model, x))
-        if batch == 16 and beta == 0.0:
+        if batch == 16 and beta == 0.05:
             compiled_once = counter.frame_count
     assert counter.frame_count == compiled_once
 
@@ -92,6 +130,23 @@ def test_the_noise_is_new_in_every_call(device):
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("options", [{}, {"param": "softplus"}], ids=("plain", "any"))
+def test_two_samples_of_one_posterior_are_two(device, options, compiler):
+    def twice(mu, raw):
+        return torch.stack([fe.rsample_kl(mu, raw, **options).z for _ in range(2)])
+
+    leaves = [oracle.leaf(oracle.randn(3, 4, seed=k, device=device)) for k in range(2)]
+    torch.manual_seed(3)
+    found = torch.compile(twice, backend=compiler, fullgraph=True)(*leaves)
+    torch.manual_seed(3)
+    right = twice(*leaves)
+    torch.testing.assert_close(found, right)
+    assert not torch.equal(found[0], found[1])
+    for mine, eager in zip(*(oracle.grads(t.square().sum(), leaves) for t in (found, right)), strict=True):
+        torch.testing.assert_close(mine, eager)
+
+
 def test_compiled_autograd(device):
     torch.manual_seed(0)
     model, x = Model(loss={"beta": 0.5}).to(device), oracle.randn(16, 12, device=device)
@@ -105,11 +160,12 @@ def test_compiled_autograd(device):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=("eager", "compiled"))
 @pytest.mark.parametrize("reentrant", [False, True], ids=("", "reentrant"))
-def test_a_checkpoint_replays_the_same_noise(backend, device, compiled, reentrant):
+@pytest.mark.parametrize("name", ["plain", "learned"])
+def test_a_checkpoint_replays_the_same_noise(backend, device, name, compiled, reentrant):
     if compiled and reentrant:
         pytest.skip("torch.compile traces the checkpoint that is not reentrant")
     torch.manual_seed(0)
-    model, x = Model().to(device), oracle.randn(16, 12, device=device).requires_grad_()
+    model, x = Model(*OPTIONS[name]).to(device), oracle.randn(16, 12, device=device).requires_grad_()
 
     def forward(x):
         return checkpoint(model, x, use_reentrant=reentrant)

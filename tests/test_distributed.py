@@ -67,14 +67,19 @@ def randn(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def trained(data: str, ranks: Ranks, loss: str, steps: int) -> dict[str, Tensor]:
-    """Weights after ``steps`` steps in float64: in float32, Adam makes whole steps of gradients that are rounding errors."""
-    torch.set_default_dtype(torch.float64)
+def trained(
+    data: str, ranks: Ranks, loss: str, steps: int, head: str = "linear", dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """Weights after ``steps`` steps: of Adam in float64, and of gradient descent in float32, where Adam would make whole steps
+    of gradients that are rounding errors."""
+    torch.set_default_dtype(dtype)
     try:
         digits = load_digits(data)
-        digits = digits._replace(train=digits.train.double(), heldout=digits.heldout[:20].double())
-        config = TrainConfig(data=data, device="cpu", batch_size=BATCH, loss=loss, log_likelihood_samples=0)
+        digits = digits._replace(train=digits.train.to(dtype), heldout=digits.heldout[:20].to(dtype))
+        config = TrainConfig(data=data, device="cpu", batch_size=BATCH, loss=loss, head=head, log_likelihood_samples=0)
         trainer = Trainer(config, digits, ranks)
+        if dtype == torch.float32:
+            trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1e-4)
         while trainer.steps_done < steps:
             for _ in trainer.epoch():
                 if trainer.steps_done == steps:
@@ -138,18 +143,23 @@ def fully_sharded(ranks: Ranks) -> dict[str, Tensor]:
     from torch.distributed.fsdp import fully_shard
 
     model = build("mlp").double()
+    # A decoder of its own, whose output is never held.
+    head = fe.nn.LinearGaussianHead(model.latent_dim, 28 * 28, sigma="optimal", dtype=torch.float64)
+    torch.nn.utils.vector_to_parameters(randn(28 * 28 * (model.latent_dim + 1), seed=9), head.parameters())
+    both = torch.nn.ModuleList((model, head))
     if ranks.size > 1:
-        for part in (model.encoder, model.decoder, model):
+        for part in (model.encoder, model.decoder, model, head):
             fully_shard(part, mesh=dist.device_mesh.init_device_mesh("cpu", (ranks.size,)))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(both.parameters(), lr=1e-3)
     for step in range(5):
         x = randn(8, 1, 28, 28, seed=step).sigmoid()
         part = ranks.part(len(x))
-        x_hat, _, kl = model(x[part], seed=step, first_index=part.start * model.latent_dim)
-        fe.elbo_loss(x_hat, x[part], kl=kl).loss.backward()
+        x_hat, z, kl = model(x[part], seed=step, first_index=part.start * model.latent_dim)
+        group = ranks.control
+        (fe.elbo_loss(x_hat, x[part], kl=kl).loss + head(z, x[part], process_group=group)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in model.state_dict().items()}
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in both.state_dict().items()}
 
 
 def sample_and_terms(mu, logvar, **options):
@@ -294,6 +304,7 @@ def in_a_world(rank: int, size: int, data: str) -> dict:
     dist.all_gather_object(parts, noise(ranks))
     found = {"noise": [torch.cat(of_ranks) for of_ranks in zip(*parts, strict=True)]}
     found["fused"] = trained(data, ranks, "fused", STEPS)
+    found["single precision"] = trained(data, ranks, "fused", STEPS, dtype=torch.float32)
     found["shared"] = {
         (name, even): shared(name, rows_of(rank, size, even=even), dist.group.WORLD)
         for name in SHARED
@@ -301,6 +312,7 @@ def in_a_world(rank: int, size: int, data: str) -> dict:
     }
     if size == 2:
         found["eager"] = trained(data, ranks, "eager", 20)
+        found["fused-linear"] = trained(data, ranks, "fused", 20, "fused-linear")
         found["fully sharded"] = fully_sharded(ranks)
         sharded((2,))
         refused()
@@ -315,7 +327,9 @@ def alone(data) -> dict:
     return {
         "noise": noise(ALONE),
         "fused": trained(data, ALONE, "fused", STEPS),
+        "single precision": trained(data, ALONE, "fused", STEPS, dtype=torch.float32),
         "eager": trained(data, ALONE, "eager", 20),
+        "fused-linear": trained(data, ALONE, "fused", 20, "fused-linear"),
         "fully sharded": fully_sharded(ALONE),
         "shared": {name: shared(name, slice(0, N), None) for name in SHARED},
     }
@@ -326,12 +340,15 @@ def test_several_processes_are_one(size, alone, data, tmp_path):
     found = world(size, tmp_path, in_a_world, data)
     for mine, theirs in zip(found["noise"], alone["noise"], strict=True):
         assert torch.equal(mine, theirs)
-    for name in ("fused", "eager", "fully sharded"):
+    for name in ("fused", "single precision", "eager", "fused-linear", "fully sharded"):
         if name in found:
             assert found[name].keys() == alone[name].keys()
             for key, value in found[name].items():
                 assert (value - alone[name][key]).abs().max() <= 1e-6 * alone[name][key].abs().max(), (name, key)
-    assert len(found["fused"]["loss"]) == STEPS
+    for name in ("fused", "single precision"):
+        losses = found[name]["loss"]
+        assert len(losses) == STEPS
+        assert losses[-5:].mean() < losses[:5].mean()
     for (name, even), values in found["shared"].items():
         for mine, theirs in zip(values, alone["shared"][name], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12, msg=lambda m, n=name, e=even: f"{n}, {e}: {m}")

@@ -17,13 +17,22 @@ MOST_LINES = 400
 
 # Who may import whom of the core, in full; a package, and a backend, also its own files.
 CORE = {
-    "": {"nn", "functional", "iwae", "schedules", "autograd", "options", "ops", "_version"},
+    "": {
+        *("nn", "distributions", "diagnostics", "functional", "iwae", "linear"),
+        *("schedules", "autograd", "options", "ops", "_version"),
+    },
     "_version": set(),
-    "nn": {"functional", "options"},
+    "nn": {"functional", "linear", "options"},
+    "integrations": {"distributions", "functional", "sampling", "remembered"},
+    "distributions": {"functional", "remembered"},
+    "remembered": set(),
     "iwae": {"functional", "objective", "options", "sampling", "arguments"},
-    "functional": {"objective", "plain", "sampling", "options", "arguments"},
+    "linear": {"linear_operator", "objective", "routes", "options", "autograd", "ops", "arguments", "spec"},
+    "linear_operator": {"operators", "autograd", "ops", "spec"},
+    "functional": {"objective", "plain", "sampling", "options", "diagnostics", "arguments"},
+    "diagnostics": {"arguments"},
     "objective": {"plain", "groups", "routes", "sampling", "options", "autograd", "ops", "arguments", "spec"},
-    "plain": {"operators", "routes", "sampling", "autograd", "ops", "arguments", "spec"},
+    "plain": {"operators", "reference", "routes", "sampling", "autograd", "ops", "arguments", "spec"},
     "routes": {"operators", "sharding", "sampling", "autograd", "ops", "spec"},
     "sharding": {"operators", "autograd"},
     "groups": set(),
@@ -40,7 +49,7 @@ CORE = {
 }
 
 # Tools and examples over the public names, which the core may not know.
-ABOVE = {"cli", "__main__", "vae", "check", "cases", "accuracy", "doctor", "bench"}
+ABOVE = {"cli", "__main__", "vae", "check", "cases", "accuracy", "doctor", "bench", "codegen"}
 
 KERNELS = [path for path in (PACKAGE / "backends").rglob("*.py") if "@triton.jit" in path.read_text()]
 

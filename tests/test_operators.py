@@ -9,7 +9,7 @@ from tolerances import FLOATS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_elbo as fe
-from fused_elbo import operators
+from fused_elbo import accuracy, operators, reference
 
 SHAPE = (3, 2, 5)
 
@@ -92,6 +92,15 @@ def test_opcheck(backend, dtype):
 def test_opcheck_of_the_seed(device):
     # What is random differs between two calls, so the checks that compare results do not apply.
     torch.library.opcheck(operators.draw_seed, (torch.zeros(2, device=device),), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_opcheck_of_the_noise(backend, wide):
+    call = (seed(), [3, 5], 2, -1, wide)
+    torch.library.opcheck(operators.normals, call)
+    dtype = torch.float64 if wide else torch.float32
+    right = reference.noise(seed(), (3, 5), dtype=torch.float64, first_index=2, offset=2**64 - 1)
+    torch.testing.assert_close(operators.normals(*call).double(), right, rtol=0, atol=accuracy.NOISE[dtype])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -55,8 +55,10 @@ class NLL(torch.autograd.Function):
     def backward(ctx: Any, g_total: Tensor | None, g_nll: Tensor | None, *_: None) -> tuple:
         if g_total is None and g_nll is None:
             return (None,) * 7
-        *tensors, grad_scale = ctx.saved_tensors[:6]
-        baked = ctx.saved_tensors[6:]
+        # Once: a checkpoint makes them anew for the first who asks, and for nobody else.
+        saved = ctx.saved_tensors
+        *tensors, grad_scale = saved[:6]
+        baked = saved[6:]
         spec, total_weight, needs, backend = ctx.options
         grad_scale = ctx.grad_scale if grad_scale is None else grad_scale
         if composed():

@@ -14,6 +14,25 @@ from ..spec import Gaussian, Gradients, compute_dtype
 from .common import composed, differentiable, halves, noise_of, rows_of
 
 
+class Excess(torch.autograd.Function):
+    """``reference.excess`` with its derivative ``expm1``, which a compiler would make of the series' instead."""
+
+    @staticmethod
+    def forward(v: Tensor) -> Tensor:
+        return reference.excess(v)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        (v,) = ctx.saved_tensors
+        # A compiler's expm1(v) may be exp(v) - 1, which near 0 is nothing but rounding errors.
+        near = v.abs() < reference.SERIES_LIMIT
+        return upstream * torch.where(near, reference.excess(v) + v, torch.expm1(v))
+
+
 class RsampleKL(torch.autograd.Function):
     """``(z, kl)`` of a diagonal Gaussian posterior; the noise is regenerated in the backward, never stored.
 

@@ -7,6 +7,7 @@ autograd, and then the backend interface: passes that write gradients into buffe
 
 from .likelihood import element_nll, likelihood, likelihood_nll
 from .plain import (
+    SERIES_LIMIT,
     elbo,
     excess,
     gaussian_nll,
@@ -33,6 +34,7 @@ from .stream import LANES, draw, noise, noise_words, philox4x32, uniforms
 
 __all__ = [
     "LANES",
+    "SERIES_LIMIT",
     "PosteriorTerms",
     "clamped",
     "draw",

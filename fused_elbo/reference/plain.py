@@ -12,7 +12,7 @@ Source: Kingma and Welling 2014 (arXiv:1312.6114), eq. 10 and appendix B.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def excess(v: Tensor) -> Tensor:
     return torch.where(v.abs() < SERIES_LIMIT, 0.5 * near * near * (1.0 + series), torch.expm1(v) - v)
 
 
-def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
+def kl_divergence(mu: Tensor, logvar: Tensor, excess: Callable[[Tensor], Tensor] = excess) -> Tensor:
     """``KL(N(mu, exp(logvar)) || N(0, I)) = sum_j 1/2 (mu_j^2 + expm1(lv_j) - lv_j)`` per sample, (N,), in nats."""
     dtype = compute_dtype(mu, logvar)
     mu, logvar = mu.to(dtype), logvar.to(dtype)
