@@ -14,7 +14,7 @@ ELSEWHERE := native_library native_codegen compile operators func amp
 NATIVE_TESTS := FUSED_ELBO_REQUIRE_BACKENDS=native $(BIN)/python -m pytest -n auto -k native $(ELSEWHERE:%=--ignore tests/test_%.py)
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 
-.PHONY: demo test instruction-sets cpu-library build wheel sanitize lint format check doctor clean
+.PHONY: demo test codegen instruction-sets cpu-library build wheel sanitize lint docs format check doctor bench microbench clean
 
 # The libraries are built by rules of their own.
 $(READY): export FUSED_ELBO_BUILD = 0
@@ -43,7 +43,7 @@ demo: cpu-library
 	$(BIN)/python -m fused_elbo train --loss both --model conv --epochs 5 --out $(RUNS)/demo-conv --overwrite
 
 test: export OMP_NUM_THREADS = 1
-test: lint cpu-library
+test: lint docs cpu-library
 	$(BIN)/python -m pytest -n auto
 	$(MAKE) instruction-sets
 
@@ -70,11 +70,29 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
+# Every kernel's machine code beside its budget (fused_elbo/codegen/budgets.py); `make test` holds it to the same table.
+codegen: build
+	$(BIN)/python -m fused_elbo.codegen
+
 check: cpu-library
 	$(BIN)/python -m fused_elbo check
 
+# The notice is that of a successor to mkdocs-material, which reads the same file.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(READY)
+	$(BIN)/mkdocs build --quiet --strict
+
 doctor: cpu-library
 	$(BIN)/python -m fused_elbo doctor
+
+# BENCH=--quick, or any other options of the command.
+bench: build
+	mkdir -p $(RUNS)
+	$(BIN)/python -m fused_elbo bench --json $(RUNS)/bench.json --markdown $(RUNS)/bench.md --plot $(RUNS)/bench $(BENCH)
+
+# Stored in .benchmarks, and compared with the last run that was.
+microbench: build
+	$(BIN)/python -m pytest benchmarks --benchmark-autosave $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare)
 
 clean:
 	rm -rf $(VENV) build dist fused_elbo/lib .pytest_cache .ruff_cache .hypothesis *.egg-info

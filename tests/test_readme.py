@@ -20,6 +20,7 @@ import fused_elbo as fe
 from fused_elbo import cli
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
+CLASSIC = (Path(__file__).parents[1] / "docs/classic_script.md").read_text()
 RECORD = json.loads((Path(__file__).parents[1] / "benchmarks/results/cpu.json").read_text())
 N, SHAPE = 6, (3, 8, 8)
 D = math.prod(SHAPE)
@@ -32,6 +33,12 @@ def test_python_blocks_run():
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
     assert all(p.grad is not None for name in ("encoder", "decoder") for p in namespace[name].parameters())
+
+
+def test_the_two_lines_are_those_that_are_tested():
+    """``docs/classic_script.md`` applies its patches to the script and compares the losses (tests/test_training_loops.py)."""
+    (shown,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+    assert shown == re.findall(r"```diff\n(.*?)```", CLASSIC, re.DOTALL)[0]
 
 
 def conventions() -> list[tuple[str, str, str]]:

@@ -1,0 +1,154 @@
+"""The documentation: its code runs, its tables are what the library computes, its guides to extensions work."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_elbo as fe
+from fused_elbo import accuracy, ops
+from fused_elbo.backends.native import tools
+from fused_elbo.spec import FAMILIES
+
+ROOT = Path(__file__).parents[1]
+DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+# Run by tests of their own, which look at more than that they run.
+ELSEWHERE = {
+    "classic_script.md": "test_training_loops.py",
+    "diffusers.md": "test_diffusers.py",
+    "distributions.md": "test_distributions.py",
+    "linear_head.md": "test_linear_docs.py",
+    "messages.md": "test_diagnostics.py",
+    "objective.md": "test_objective_docs.py",
+    "training_loops.md": "test_training_loops.py",
+}
+
+
+def blocks(name: str, language: str = "python") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", DOCS[name], re.DOTALL)
+
+
+def ran(name: str) -> dict[str, object]:
+    """What the Python blocks of a document leave behind."""
+    namespace: dict[str, object] = {"__name__": name}
+    for block in blocks(name):
+        exec(compile(block, name, "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("name", [name for name in DOCS if blocks(name)])
+def test_python_blocks_run(name, monkeypatch):
+    if name in ELSEWHERE:
+        assert f"{name}" in (ROOT / "tests" / ELSEWHERE[name]).read_text()
+        return
+    monkeypatch.setattr(ops, "BACKENDS", dict(ops.BACKENDS))
+    ran(name)
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_tests_that_are_named_exist(name):
+    for file, test in re.findall(r"`(?:tests/)?(test_\w+\.py)::(\w+)`", DOCS[name]):
+        assert re.search(rf"^def {test}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), f"{file}::{test}"
+
+
+def test_values_of_the_kl():
+    def kl(mu, variance):
+        return fe.kl_divergence(torch.tensor([mu]).double(), torch.tensor([variance]).double().log()).item()
+
+    rows = re.findall(r"\| `(kl\(.*?\))` = ([\d.]+) \|", DOCS["mathematics.md"])
+    assert len(rows) == 3
+    for expression, value in rows:
+        assert eval(expression, {"kl": kl}) == pytest.approx(float(value), abs=1e-15), expression
+
+
+def logistic_density(v):
+    return torch.sigmoid(v) * torch.sigmoid(-v)
+
+
+def test_derivatives_of_likelihoods():
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \| `([^`]+)` \| `([^`]+)` \|", DOCS["mathematics.md"], re.MULTILINE)
+    assert [name for name, *_ in rows] == list(FAMILIES)
+    levels = torch.tensor([3, 100, 252], dtype=torch.uint8)
+    y, log_scale = torch.tensor([0.1, -0.2, 0.9]).double().requires_grad_(), torch.tensor(-0.7).double().requires_grad_()
+    for name, element, by_y, by_log_scale in rows:
+        target, width = 2 / 255 * levels.double() - 1, 2 / 255
+        s = log_scale.exp()
+        scope = {"x": target, "y": y, "s": s, "r": (target - y) / s, "F": torch.sigmoid, "f": logistic_density}
+        scope |= {"a": (target + width / 2 - y) / s, "b": (target - width / 2 - y) / s, "ln": torch.log, "sign": torch.sign}
+        value = eval(element, scope | {"softplus": torch.nn.functional.softplus})
+        options = {"sigma": s.item()} if name != "bernoulli" else {}
+        ours = fe.nll(y, levels, likelihood=name, scale=width, shift=-1.0, reduction="none", **options)
+        torch.testing.assert_close(ours, value, rtol=1e-12, atol=1e-12)
+        found = torch.autograd.grad(value.sum(), (y, log_scale), allow_unused=True)
+        torch.testing.assert_close(found[0], eval(by_y, scope), rtol=1e-12, atol=1e-12)
+        slope = torch.as_tensor(eval(by_log_scale, scope)).sum().double()
+        torch.testing.assert_close(torch.zeros_like(slope) if found[1] is None else found[1], slope, rtol=1e-12, atol=1e-12)
+
+
+def test_the_noise_is_specified_to_the_last_digit():
+    normal = ran("noise.md")["normal"]
+    rows = re.findall(r"^\| (-?\d+) \| (\d+) \| (\d+) \| (-?[\d.]+) \|$", DOCS["noise.md"], re.MULTILINE)
+    assert len(rows) == 6
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    for seed, element, offset, value in rows:
+        numbers = int(seed), int(element), int(offset)
+        library = fe.reparameterize(zero, zero, seed=numbers[0], first_index=numbers[1], offset=numbers[2]).item()
+        assert normal(*numbers) == pytest.approx(float(value), abs=1e-12)
+        assert library == pytest.approx(float(value), abs=accuracy.NOISE[torch.float64])
+
+
+def test_the_envelope_is_that_of_the_table():
+    said = re.search(
+        r"A few is (\d+) for an element in float64 and float32, (\d+) in bfloat16 and float16, and (\d+) for a sum",
+        DOCS["numerics.md"],
+    )
+    ulps = accuracy.ELEMENT_ULPS
+    assert [int(n) for n in said.groups()] == [ulps[torch.float32], ulps[torch.bfloat16], accuracy.SUM_ULPS]
+    assert ulps[torch.float64] == ulps[torch.float32]
+    assert ulps[torch.float16] == ulps[torch.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def with_cauchy(tmp_path_factory) -> Path:
+    """A copy of what the guide to a likelihood changes, with its patch."""
+    folder = tmp_path_factory.mktemp("likelihood")
+    for name in ("fused_elbo", "csrc", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "lib"))
+    for block in blocks("likelihoods.md", "diff"):
+        subprocess.run(["git", "apply", "-"], input=block, text=True, cwd=folder, check=True)
+    return folder
+
+
+def test_a_likelihood_is_added_as_the_guide_says(with_cauchy):
+    environment = os.environ | {"PYTHONPATH": str(with_cauchy), "FUSED_ELBO_REQUIRE_BACKENDS": "reference triton"}
+    chosen = "(reference or triton) and (cauchy or test_likelihood)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_operations.py", "-k", chosen]
+    done = subprocess.run(command, cwd=with_cauchy, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "cauchy" in (with_cauchy / "fused_elbo/cases.py").read_text()
+
+
+def test_its_kernels_compile(with_cauchy):
+    """For one instruction set, without code: that no table of kernels forgets it is an error of the compiler."""
+    source = "csrc/cpu/kernels_likelihood.cpp"
+    command = [*tools.cxx(), "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-DFE_ISA=portable", source]
+    done = subprocess.run(command, cwd=with_cauchy, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_every_document_is_in_the_site():
+    listed = set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == set(DOCS)
+
+
+def test_public_names_are_in_the_reference():
+    named = set(re.findall(r"^::: fused_elbo\.(?:\w+\.)?(\w+)$", DOCS["api.md"], re.MULTILINE))
+    functions = {name for name in fe.__all__ if callable(getattr(fe, name)) and name[0].islower()}
+    assert functions <= named
