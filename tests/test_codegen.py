@@ -18,8 +18,8 @@ from fused_elbo.codegen import budgets, hardware, report, sass
 triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-README_IS_OF_THIS_TRITON = f"Triton {triton.__version__} " in README
+DOCUMENT = (ROOT / "docs/performance.md").read_text()
+DOCUMENT_IS_OF_THIS_TRITON = f"Triton {triton.__version__} " in DOCUMENT
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # DESIGN's byte budget: how often the main loop may touch an element.
@@ -58,8 +58,8 @@ def test_every_variant_compiles():
     found = read("--variants")
     assert {r["dtype"] for r in found} == {"float64", "float32", "bfloat16"}
     assert len(found) == len({(r["variant"], r["dtype"]) for r in found}) > 150
-    if README_IS_OF_THIS_TRITON:
-        said = re.search(r"up to (\d+) bytes a thread", README)
+    if DOCUMENT_IS_OF_THIS_TRITON:
+        said = re.search(r"up to (\d+) bytes a thread", DOCUMENT)
         assert max(r["local"] for r in found if r["dtype"] != "float64") == int(said[1])
 
 
@@ -85,15 +85,15 @@ def test_every_element_is_touched_as_often_as_it_must(rows):
     assert {(r["kernel"], r["bytes"] / DTYPES[r["dtype"]]) for r in rows} == set(PASSES.items())
 
 
-def test_readme_figures(rows):
-    if not README_IS_OF_THIS_TRITON:
-        pytest.skip("the README's figures are those of another version of Triton")
+def test_documented_figures(rows):
+    if not DOCUMENT_IS_OF_THIS_TRITON:
+        pytest.skip("the document's figures are those of another version of Triton")
     for kernel, label in (
         ("rsample_kl", "latent forward"),
         ("rsample_kl_backward", "latent backward"),
         ("gaussian_nll", "likelihood with its gradient"),
     ):
-        row = re.search(rf"^\| {label}[^|]*\| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE)
+        row = re.search(rf"^\| {label}[^|]*\| ([\d.]+) \| ([\d.]+) \|", DOCUMENT, re.MULTILINE)
         for dtype, shown in zip(("float32", "bfloat16"), row.groups(), strict=True):
             (r,) = (r for r in rows if (r["kernel"], r["dtype"], r["architecture"]) == (kernel, dtype, 90))
             assert abs(r["instructions"] - float(shown)) < 0.06, (kernel, dtype)
@@ -171,7 +171,7 @@ def test_check_prints_the_table_and_counts_its_failure(monkeypatch, code, reason
 def test_which_side_bounds_a_kernel():
     assert (ROW.bound, ROW._replace(bytes=4.0).bound, ROW._replace(dtype="float64").bound) == ("memory", "issue", "-")
     h200 = hardware.GPUS[90]
-    said = re.search(r"on an H200 about (\d+)\s+float32", README)
+    said = re.search(r"on an H200 about (\d+)\s+float32", DOCUMENT)
     assert h200.floor(12) == pytest.approx(int(said[1]), abs=0.5)
     assert h200.floor(6) == h200.floor(12) / 2
 

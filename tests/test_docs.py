@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -113,6 +114,20 @@ def test_the_envelope_is_that_of_the_table():
     assert [int(n) for n in said.groups()] == [ulps[torch.float32], ulps[torch.bfloat16], accuracy.SUM_ULPS]
     assert ulps[torch.float64] == ulps[torch.float32]
     assert ulps[torch.float16] == ulps[torch.bfloat16]
+
+
+def test_training_steps_are_those_of_the_record():
+    record = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
+    rows = re.findall(
+        r"^\| (\w+ \d+x\d+), (eager|compiled) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", DOCS["performance.md"], re.MULTILINE
+    )
+    found = {}
+    for item in record["items"]:
+        for how, names in (("eager", ("native", "classic lines")), ("compiled", ("ours, compiled", "classic lines, compiled"))):
+            if item["stage"] == "step" and set(names) <= item["peers"].keys():
+                fused, classic = (item["peers"][name]["median_ms"] for name in names)
+                found[item["name"].removeprefix("step "), how] = f"{fused:.3g}", f"{classic:.3g}", f"{classic / fused:.2f}"
+    assert {(name, how): tuple(figures) for name, how, *figures in rows} == found
 
 
 @pytest.fixture(scope="module")
