@@ -9,6 +9,7 @@ whatever comes next. A gradient has no second derivative here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -50,10 +51,12 @@ def _fake_seed(like: Tensor) -> Tensor:
 
 
 def _normals(seed: Tensor, shape: list[int], first_index: int, offset: int, wide: bool) -> Tensor:
-    zero = torch.zeros(shape, dtype=torch.float64 if wide else torch.float32, device=seed.device)
+    # Elements are counted through where there is one seed, and one long row is quicker than many short ones.
+    rows = shape if seed.dim() else (1, math.prod(shape))
+    zero = torch.zeros(rows, dtype=torch.float64 if wide else torch.float32, device=seed.device)
     noise = noise_of(seed, None, first_index, offset % 2**64)
     # A sample of N(0, I) is its noise.
-    return ops.select(seed.device).rsample_kl(zero, zero, noise, want_kl=False)[0]
+    return ops.select(seed.device).rsample_kl(zero, zero, noise, want_kl=False)[0].view(shape)
 
 
 def _fake_normals(seed: Tensor, shape: list[int], first_index: int, offset: int, wide: bool) -> Tensor:

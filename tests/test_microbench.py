@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,10 @@ def test_calls_are_timed_and_stored(tmp_path):
     options = ("-q", "-p", "no:cacheprovider", "-k", "latent and 8x8 and float32", "--benchmark-max-time=0.01")
     store = ("--benchmark-autosave", f"--benchmark-storage={tmp_path}")
     command = [sys.executable, "-m", "pytest", "benchmarks", *options, *store]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    # Inside a worker of pytest-xdist pytest-benchmark measures nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.rglob("*.json")
     benchmarks = json.loads(path.read_text())["benchmarks"]
