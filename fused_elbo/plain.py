@@ -18,7 +18,7 @@ UNIT = Gaussian()
 
 def elbo(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """``loss``, ``nll`` and ``kl`` of ``fused_elbo.elbo_loss`` in its plain form, or without a KL at all."""
-    if torch.compiler.is_dynamo_compiling():
+    if routes.UNREAD and torch.compiler.is_dynamo_compiling():
         _in_graph()
     return _elbo(*arguments)
 
@@ -106,7 +106,7 @@ def _composed(
 
 def sample(*arguments: Any, want_kl: bool) -> tuple[Tensor, Tensor | None]:
     """``z``, the mean itself where no sample is wanted, and the KL if it is."""
-    if torch.compiler.is_dynamo_compiling():
+    if routes.UNREAD and torch.compiler.is_dynamo_compiling():
         _in_graph()
     return _sample(*arguments, want_kl=want_kl)
 

@@ -25,6 +25,10 @@ from .spec import Likelihood, signed
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 _TRACED = (*_PLAIN, FakeTensor, FunctionalTensor)
 
+# Whether Dynamo may take functions into its graph without a look at their lines: before, they are not told that a compiler
+# traces them.
+UNREAD = torch.__version__ >= "2.13"
+
 
 def plainly(*tensors: Tensor | None) -> bool:
     """Whether the autograd Functions may be called."""
@@ -44,7 +48,7 @@ def left_to_compiler(*tensors: Tensor | None) -> bool:
 
     On a CPU it writes them into the loops beside them, and an operator's call costs more than they do: see docs/pytorch.md.
     """
-    return compiled(*tensors) and tensors[0].device.type == "cpu" and ops.requested() is None
+    return UNREAD and compiled(*tensors) and tensors[0].device.type == "cpu" and ops.requested() is None
 
 
 def posterior(

@@ -233,6 +233,8 @@ def with_validation(module, divergence, loc, scale):
 
 @pytest.mark.parametrize("step", [with_kl, with_validation])
 def test_inside_a_compiled_graph_where_torchs_breaks(step):
+    if step is with_kl and torch.__version__ < "2.13":
+        pytest.skip("torch's own expand cannot be traced there")
     leaves = parameters((3, 5), (3, 5))
 
     def compiled(module, divergence):
