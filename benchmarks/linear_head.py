@@ -27,7 +27,7 @@ import fused_elbo as fe
 from fused_elbo import ops
 from fused_elbo.autograd.linear import chunk_of
 from fused_elbo.bench import environment
-from fused_elbo.vae.measure import MIB
+from fused_elbo.vae.measure import MIB, resident
 
 # Samples, output features, and features before the last layer.
 Shape = tuple[int, int, int]
@@ -131,13 +131,6 @@ def memory(route: str, shape: Shape, device: torch.device) -> float:
     found = step(ROUTES[route], tensors)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
     return (peak - before - sum(t.numel() * t.element_size() for t in found)) / MIB
-
-
-def resident(what: str) -> int:
-    """Bytes of this process that are in memory, "VmRSS", or were at most, "VmHWM" (Linux). The ru_maxrss of getrusage would be
-    no less than that of the process which started this one."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return 1024 * int(line.split()[1])
 
 
 def memory_in_a_process(route: str, shape: Shape, device: torch.device, threads: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -268,3 +269,18 @@ def test_missing_packages_are_named(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(RunError, match=r"pip install 'fused-elbo\[demo\]'"):
         train(config)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the system does not say a process's own peak")
+def test_peak_memory_is_that_of_the_process_itself():
+    """Not that of a larger one which started it."""
+    torch.ones(100 * 2**20).sum()
+    child = """
+import torch
+from fused_elbo.vae.measure import PeakMemory
+memory = PeakMemory(torch.device("cpu"))
+torch.ones(16 * 2**20).sum()
+print(memory.read())
+"""
+    done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True)
+    assert 60 < float(done.stdout) < 100
