@@ -16,11 +16,11 @@ NOTHING = (False,) * 5
 UNIT = Gaussian()
 
 
-def elbo(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+def elbo(*given: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """``loss``, ``nll`` and ``kl`` of ``fused_elbo.elbo_loss`` in its plain form, or without a KL at all."""
     if routes.UNREAD and torch.compiler.is_dynamo_compiling():
         _in_graph()
-    return _elbo(*arguments)
+    return _elbo(*given)
 
 
 def _elbo(
@@ -104,11 +104,11 @@ def _composed(
     return terms if weight is None else weight * terms.sum(), nll, kl
 
 
-def sample(*arguments: Any, want_kl: bool) -> tuple[Tensor, Tensor | None]:
+def sample(*given: Any, want_kl: bool) -> tuple[Tensor, Tensor | None]:
     """``z``, the mean itself where no sample is wanted, and the KL if it is."""
     if routes.UNREAD and torch.compiler.is_dynamo_compiling():
         _in_graph()
-    return _sample(*arguments, want_kl=want_kl)
+    return _sample(*given, want_kl=want_kl)
 
 
 def _sample(
@@ -184,7 +184,7 @@ def _shard(
 def _in_graph() -> None:
     """The compiler that is tracing takes these functions into its graph, from here on, without a look at their lines.
 
-    It would guard every default, global and builtin that they read, in each call of what it compiled: some 260 guards, which
+    It would guard every default, global and builtin that they read, in each call of what it compiled: some 200 guards, which
     take longer than the formulas of a small batch.
     """
     for function in (_elbo, _sample):

@@ -9,6 +9,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+from documents import blocks
 
 import fused_elbo as fe
 from fused_elbo import diagnostics
@@ -55,7 +56,7 @@ def test_a_mistake_and_its_cure(mistake, when, message, instead):
 
 
 def test_code_runs():
-    (block,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
+    (block,) = blocks(DOCUMENT)
     namespace: dict[str, object] = {}
     exec(compile(block, "messages.md", "exec"), namespace)
     assert namespace["x_hat"].grad.any()

@@ -14,6 +14,7 @@ import oracle
 import pytest
 import spies
 import torch
+from documents import blocks
 
 from fused_elbo.integrations import diffusers as fe_diffusers
 from fused_elbo.integrations.diffusers import DiagonalGaussianDistribution
@@ -269,7 +270,7 @@ def test_the_document_names_every_autoencoder(diffusers):
 
 def test_the_documented_code_runs(diffusers, original, unpatched, calls):
     namespace: dict[str, object] = {}
-    first, second = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
+    first, second = blocks(DOCUMENT)
     exec(compile(first, "diffusers.md", "exec"), namespace)
     assert calls == ["posterior", "posterior_backward"]
     assert set(names_bound().values()) == {original}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 
 import oracle
 import pytest
 import spies
 import torch
+from documents import blocks
 from torch import distributions as td
 from torch.distributions import kl_divergence
 
@@ -251,7 +251,7 @@ def test_inside_a_compiled_graph_where_torchs_breaks(step):
         compiled(td, kl_divergence)
 
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/distributions.md").read_text(), re.DOTALL)
+BLOCKS = blocks((Path(__file__).parents[1] / "docs/distributions.md").read_text())
 
 
 @pytest.fixture

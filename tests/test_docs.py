@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from documents import blocks
 
 import fused_elbo as fe
 from fused_elbo import accuracy, ops
@@ -32,19 +33,15 @@ ELSEWHERE = {
 }
 
 
-def blocks(name: str, language: str = "python") -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", DOCS[name], re.DOTALL)
-
-
 def ran(name: str) -> dict[str, object]:
     """What the Python blocks of a document leave behind."""
     namespace: dict[str, object] = {"__name__": name}
-    for block in blocks(name):
+    for block in blocks(DOCS[name]):
         exec(compile(block, name, "exec"), namespace)
     return namespace
 
 
-@pytest.mark.parametrize("name", [name for name in DOCS if blocks(name)])
+@pytest.mark.parametrize("name", [name for name in DOCS if blocks(DOCS[name])])
 def test_python_blocks_run(name, monkeypatch):
     if name in ELSEWHERE:
         assert f"{name}" in (ROOT / "tests" / ELSEWHERE[name]).read_text()
@@ -136,7 +133,7 @@ def with_cauchy(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("likelihood")
     for name in ("fused_elbo", "csrc", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "lib"))
-    for block in blocks("likelihoods.md", "diff"):
+    for block in blocks(DOCS["likelihoods.md"], "diff"):
         subprocess.run(["git", "apply", "-"], input=block, text=True, cwd=folder, check=True)
     return folder
 

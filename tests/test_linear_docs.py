@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
+from documents import blocks
 
 from fused_elbo.autograd.linear import CHUNK_BYTES
 
@@ -24,7 +24,7 @@ def bench(monkeypatch, one_thread):
 
 
 def test_the_example_learns(one_thread):
-    (block,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
+    (block,) = blocks(DOCUMENT)
     torch.manual_seed(0)
     found: dict[str, object] = {}
     exec(compile(block, "linear_head.md", "exec"), found)

@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from documents import blocks
 from torch.distributions import Laplace
 
 import fused_elbo as fe
@@ -100,7 +101,7 @@ def test_published_loss(backend, name, published, ours):
 
 
 def test_code_runs():
-    (block,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
+    (block,) = blocks(DOCUMENT)
     namespace: dict[str, object] = {}
     exec(compile(block, "objective.md", "exec"), namespace)
     assert namespace["held_out"].shape == (128,)

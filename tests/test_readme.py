@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from pathlib import Path
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from documents import blocks
 from torch.distributions import Normal
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import fused_elbo as fe
 from fused_elbo import cli
+from fused_elbo.codegen import cost
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 CLASSIC = (Path(__file__).parents[1] / "docs/classic_script.md").read_text()
@@ -28,17 +27,17 @@ D = math.prod(SHAPE)
 
 def test_python_blocks_run():
     namespace: dict[str, object] = {}
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
+    found = blocks(README)
+    assert len(found) == 3
+    for block in found:
         exec(compile(block, "README.md", "exec"), namespace)
     assert all(p.grad is not None for name in ("encoder", "decoder") for p in namespace[name].parameters())
 
 
 def test_the_two_lines_are_those_that_are_tested():
     """``docs/classic_script.md`` applies its patches to the script and compares the losses (tests/test_training_loops.py)."""
-    (shown,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
-    assert shown == re.findall(r"```diff\n(.*?)```", CLASSIC, re.DOTALL)[0]
+    (shown,) = blocks(README, "diff")
+    assert shown == blocks(CLASSIC, "diff")[0]
 
 
 def conventions() -> list[tuple[str, str, str]]:
@@ -63,32 +62,10 @@ def test_conventions_give_the_same_number_and_gradients(name, theirs, ours):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-class Traffic(TorchDispatchMode):
-    """Counts how often each size of tensor is read or written by the operations that eager PyTorch runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.passes = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        returns = function._schema.returns
-        if not (returns and returns[0].alias_info):
-            name = function._schema.name
-            # Noise is made from a tensor's shape alone. A squared error is written whole before it is summed.
-            read = [] if name == "aten::randn_like" else tree_leaves((args, kwargs))
-            for t in [*read, out]:
-                if isinstance(t, torch.Tensor) and 0 not in t.stride():
-                    self.passes[t.numel()] += 1
-            if name == "aten::mse_loss":
-                self.passes[args[0].numel()] += 2
-        return out
-
-
 def test_passes_over_memory_of_the_classic_lines():
     mu, logvar, x_hat = (torch.randn(shape, requires_grad=True) for shape in ((50, 20), (50, 20), (50, 60)))
     x, g_z = torch.randn(50, 60), torch.randn(50, 20)
-    with Traffic() as traffic:
+    with cost.Recorder() as traffic:
         std = torch.exp(0.5 * logvar)
         z = mu + torch.randn_like(std) * std
         reconstruction = F.mse_loss(x_hat, x, reduction="sum")

@@ -12,6 +12,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+from documents import blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,10 +20,6 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 120
 CLASSIC, LOOPS = ((ROOT / "docs" / name).read_text() for name in ("classic_script.md", "training_loops.md"))
 ERRORS = {"squared error": "F.mse_loss(", "cross-entropy": "F.binary_cross_entropy("}
-
-
-def blocks(document: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", document, re.DOTALL)
 
 
 def executed(script: str, name: str) -> dict[str, object]:

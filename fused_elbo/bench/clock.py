@@ -85,3 +85,8 @@ def states_of(clock: Clock, set_bytes: int) -> dict[str, int]:
     if found.get("cold") == 1:
         return {clock.states[0]: 1}
     return found
+
+
+def first_line(error: Exception) -> str:
+    """Of its message."""
+    return str(error).strip().partition("\n")[0]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import cuda
 
-from .clock import Timed
+from .clock import Timed, first_line
 
 # A graph is made of at least so many calls, where they are short: between two graphs the device waits some microseconds.
 LEAST_CALLS = 16
@@ -69,7 +69,7 @@ class CudaClock:
                     result = None
                     results.clear()
             except RuntimeError as error:
-                reason = self.broken = f"an earlier capture failed: {_first_line(error)}"
+                reason = self.broken = f"an earlier capture failed: {first_line(error)}"
             else:
                 return Timed(lambda passes: self._between(graph.replay, passes), len(runs), "events around replays of a graph")
 
@@ -151,7 +151,7 @@ class CudaClock:
         try:
             run()
         except RuntimeError as error:
-            return _first_line(error)
+            return first_line(error)
         finally:
             cuda.set_sync_debug_mode(before)
         return None
@@ -166,10 +166,6 @@ class CudaClock:
         if done.returncode:
             return {"nvidia-smi": (done.stdout + done.stderr).strip()}
         return dict(zip(fields, (value.strip() for value in done.stdout.strip().split(",")), strict=False))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 class EventTimer:

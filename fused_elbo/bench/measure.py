@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import environment
-from .clock import Clock, Timed, states_of
+from .clock import Clock, Timed, first_line, states_of
 from .peers import Peer, copy, selected
 from .work import Inputs, Tensors
 
@@ -211,7 +211,7 @@ def _refused(result: Result) -> Iterator[None]:
 
 def said(error: Exception) -> str:
     """Its kind and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _passes(turn: Turn) -> int:

@@ -101,7 +101,7 @@ def peers(
     runnable = [name for name in names if name not in left_out(item, device.type, names, compile_modes)]
     if item.stage == "step":
         for name, kind, made, backend, mode in steps.sides(item, device, runnable, {} if item.eager else compile_modes):
-            fault = functools.partial(_step_fault, made)
+            fault = functools.partial(steps.fault, made)
             yield Peer(name, kind, made.bind, fault, backend, mode=mode, eager="a training step is launched by the host")
         return
     stage = work.STAGES[item.stage]
@@ -182,7 +182,3 @@ def _compiled(formula: Callable[..., Tensors], part: str, how: dict[str, Any]) -
             return compiled(*leaves)
 
     return kept
-
-
-def _step_fault(made: steps.Side, inputs: Inputs, found: Sequence[Tensor]) -> str | None:
-    return steps.fault(made, inputs, found)
