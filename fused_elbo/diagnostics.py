@@ -175,4 +175,4 @@ def _readable(*tensors: Tensor | None) -> bool:
 def _warn(messages: list[str]) -> None:
     for message in messages:
         # The line that called the public function.
-        warnings.warn(message, UserWarning, stacklevel=4)
+        warnings.warn(message, UserWarning, stacklevel=5)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import arguments, diagnostics, objective, options, plain, sampling
+from . import arguments, diagnostics, objective, options, plain, routes, sampling
 from .options import ELBOOptions, LikelihoodOptions, PosteriorOptions
 
 
@@ -43,6 +43,7 @@ class ELBOTerms(NamedTuple):
         raise TypeError(f"backward: got loss {tuple(self.loss.shape)}, nll and kl of elbo_loss, takes {scalar}")
 
 
+@routes.unread("chunk_dim", "sample", "eps")
 def rsample_kl(
     mu: Tensor,
     logvar: Tensor | None = None,
@@ -98,6 +99,7 @@ def rsample_kl(
     return LatentSample(*plain.sample(mu, logvar, chunk_dim, sample, source, want_kl=True))
 
 
+@routes.unread("chunk_dim", "sample", "eps")
 def reparameterize(
     mu: Tensor,
     logvar: Tensor | None = None,
@@ -122,6 +124,7 @@ def reparameterize(
     return plain.sample(mu, logvar, chunk_dim, sample, source, want_kl=False)[0]
 
 
+@routes.unread("chunk_dim", "reduction")
 def kl_divergence(
     mu: Tensor,
     logvar: Tensor | None = None,
@@ -158,6 +161,7 @@ def kl_divergence(
     return kl if reduction == "none" else getattr(kl, reduction)()
 
 
+@routes.unread("chunk_dim")
 def kl_per_dim(
     mu: Tensor, logvar: Tensor | None = None, *, chunk_dim: int | None = None, **posterior: Unpack[PosteriorOptions]
 ) -> Tensor:
@@ -180,6 +184,7 @@ def kl_per_dim(
     return objective.sample(mu, logvar, chunk_dim, sampling.NO_SOURCE, posterior, **chosen).kl.mean(0)
 
 
+@routes.unread("sigma", "full", "reduction", "grad_scale")
 def nll(
     x_hat: Tensor,
     x: Tensor,
@@ -218,6 +223,7 @@ def nll(
     )[0]
 
 
+@routes.unread("sigma", "full", "reduction", "grad_scale", "inplace")
 def gaussian_nll(
     x_hat: Tensor,
     x: Tensor,
@@ -263,6 +269,7 @@ def gaussian_nll(
     return plain.elbo(x_hat, x, None, None, None, None, 1.0, sigma, full, reduction, grad_scale, inplace)[0]
 
 
+@routes.unread("kl", "chunk_dim", "beta", "sigma", "full", "reduction", "grad_scale", "inplace")
 def elbo_loss(
     x_hat: Tensor,
     x: Tensor,

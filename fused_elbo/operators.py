@@ -21,6 +21,7 @@ from .autograd import PosteriorCall, halves
 from .autograd.common import noise_of
 from .autograd.likelihood import passed
 from .autograd.posterior import gradients
+from .backends.native import library
 from .spec import DataGradients, Gradients, compute_dtype
 
 _TENSORS = "Tensor mu, Tensor? raw, Tensor? prior_mean, Tensor? prior_raw, Tensor? seed, Tensor? eps"
@@ -50,7 +51,7 @@ def _fake_seed(like: Tensor) -> Tensor:
     return like.new_empty((), dtype=torch.int64)
 
 
-def _normals(seed: Tensor, shape: list[int], first_index: int, offset: int, wide: bool) -> Tensor:
+def rows_of_normals(seed: Tensor, shape: list[int], first_index: int, offset: int, wide: bool) -> Tensor:
     # Elements are counted through where there is one seed, and one long row is quicker than many short ones.
     rows = shape if seed.dim() else (1, math.prod(shape))
     zero = torch.zeros(rows, dtype=torch.float64 if wide else torch.float32, device=seed.device)
@@ -255,10 +256,8 @@ def _gaussian_autograd(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor |
     return *found, None, None, None
 
 
-draw_seed = register("draw_seed", "(Tensor like) -> Tensor", _draw_seed, _fake_seed, torch.Tag.nondeterministic_seeded)
-normals = register(
-    "normals", "(Tensor seed, SymInt[] shape, SymInt first_index, SymInt offset, bool wide) -> Tensor", _normals, _fake_normals
-)
+draw_seed = register("draw_seed", library.DRAW_SEED, _draw_seed, _fake_seed, torch.Tag.nondeterministic_seeded)
+normals = register("normals", library.NORMALS, rows_of_normals, _fake_normals)
 sample = register("sample", f"({_TENSORS}, {_CALL}) -> (Tensor, Tensor, Tensor)", _sample, _fake_sample)
 sample_backward = register(
     "sample_backward",

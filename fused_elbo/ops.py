@@ -63,6 +63,10 @@ def requested() -> str | None:
     return _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 
+# A compiler that traces a call does not see into context variables.
+requested._dynamo_marked_constant = True
+
+
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """Run the operations of a ``with`` block, and their backward passes, on one backend.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +15,7 @@ NOTHING = (False,) * 5
 UNIT = Gaussian()
 
 
-def elbo(*given: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``loss``, ``nll`` and ``kl`` of ``fused_elbo.elbo_loss`` in its plain form, or without a KL at all."""
-    if routes.UNREAD and torch.compiler.is_dynamo_compiling():
-        _in_graph()
-    return _elbo(*given)
-
-
-def _elbo(
+def elbo(
     x_hat: Tensor,
     x: Tensor,
     mu: Tensor | None,
@@ -37,6 +29,7 @@ def _elbo(
     grad_scale: float | Tensor,
     inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``loss``, ``nll`` and ``kl`` of ``fused_elbo.elbo_loss`` in its plain form, or without a KL at all."""
     x_hat = arguments.batched("x_hat", x_hat)
     x = arguments.like("x", x, "x_hat", x_hat)
     count = x_hat.shape[0]
@@ -104,14 +97,7 @@ def _composed(
     return terms if weight is None else weight * terms.sum(), nll, kl
 
 
-def sample(*given: Any, want_kl: bool) -> tuple[Tensor, Tensor | None]:
-    """``z``, the mean itself where no sample is wanted, and the KL if it is."""
-    if routes.UNREAD and torch.compiler.is_dynamo_compiling():
-        _in_graph()
-    return _sample(*given, want_kl=want_kl)
-
-
-def _sample(
+def sample(
     mu: Tensor,
     logvar: Tensor | None,
     chunk_dim: int | None,
@@ -120,6 +106,7 @@ def _sample(
     *,
     want_kl: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    """``z``, the mean itself where no sample is wanted, and the KL if it is."""
     mu, logvar, chunk_dim = arguments.latent(mu, logvar, chunk_dim)
     if sample_:
         mean = mu if source[2] is None else halves(mu, logvar, chunk_dim)[0]
@@ -179,18 +166,3 @@ def _shard(
     place = (call.first_index, call.offset, call.chunk_dim, call.want_kl is not None, ops.select(mu.device))
     z, kl = apply(RsampleKL, mu, logvar, seed, eps, place)
     return z.unsqueeze(0), kl, None
-
-
-def _in_graph() -> None:
-    """The compiler that is tracing takes these functions into its graph, from here on, without a look at their lines.
-
-    It would guard every default, global and builtin that they read, in each call of what it compiled: some 200 guards, which
-    take longer than the formulas of a small batch.
-    """
-    for function in (_elbo, _sample):
-        torch.compiler.allow_in_graph(function)
-
-
-# Run when a call of it is traced, in place of being traced: torch.compiler.assume_constant_result, without the second and a
-# half that an import of the compiler takes.
-_in_graph._dynamo_marked_constant = True

@@ -7,7 +7,9 @@ the formulas apart themselves.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +30,46 @@ _TRACED = (*_PLAIN, FakeTensor, FunctionalTensor)
 # Whether Dynamo may take functions into its graph without a look at their lines: before, they are not told that a compiler
 # traces them.
 UNREAD = torch.__version__ >= "2.13"
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_wholes: list[Callable[..., Any]] = []
+
+
+def unread(*names: str) -> Callable[[_Function], _Function]:
+    """A decorator: a compiler takes a call without keywords but ``names`` into its graph as it is, and never reads the lines.
+
+    It would guard every default, global and builtin that they read, in each call of what it compiled: some 200 guards, which
+    take longer than the formulas of a small batch.
+    """
+    known = frozenset(names)
+
+    def decorate(function: _Function) -> _Function:
+        # Marks are for good, and calls with other keywords need a function without.
+        def whole(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        _wholes.append(whole)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if UNREAD and torch.compiler.is_dynamo_compiling() and known.issuperset(kwargs):
+                _take_whole()
+                return whole(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def _take_whole() -> None:
+    for whole in _wholes:
+        torch.compiler.allow_in_graph(whole)
+
+
+# Run when a call of it is traced, in place of being traced: torch.compiler.assume_constant_result, without the second and a
+# half that an import of the compiler takes.
+_take_whole._dynamo_marked_constant = True
 
 
 def plainly(*tensors: Tensor | None) -> bool:

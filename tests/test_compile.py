@@ -119,6 +119,19 @@ def test_no_recompilation_as_beta_anneals_and_the_last_batch_is_smaller(device, 
     assert counter.frame_count == compiled_once
 
 
+@pytest.mark.parametrize("place", ["seed", "first_index", "offset"])
+def test_the_place_of_the_noise_may_change(device, place):
+    given = {"seed": 5, "first_index": 2, "offset": 3}
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda m, k: fe.rsample_kl(m, m, **{**given, place: k}), backend=counter, fullgraph=True)
+    mu = torch.ones(3, 4, device=device)
+    for k in (4, 8, 12, 16):
+        right = fe.rsample_kl(mu, mu, **{**given, place: k})
+        assert_same(compiled(mu, k), right)
+    # Once for a number that never changes, once for any.
+    assert counter.frame_count <= 2
+
+
 def test_the_noise_is_new_in_every_call(device):
     compiled = torch.compile(lambda m: fe.reparameterize(m, m), backend="aot_eager", fullgraph=True)
     mu = torch.zeros(3, 4, device=device)

@@ -9,7 +9,7 @@ from tolerances import FLOATS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_elbo as fe
-from fused_elbo import accuracy, operators, reference
+from fused_elbo import accuracy, operators, reference, sampling
 
 SHAPE = (3, 2, 5)
 
@@ -91,16 +91,29 @@ def test_opcheck(backend, dtype):
 
 def test_opcheck_of_the_seed(device):
     # What is random differs between two calls, so the checks that compare results do not apply.
-    torch.library.opcheck(operators.draw_seed, (torch.zeros(2, device=device),), test_utils=("test_schema", "test_faketensor"))
+    like = torch.zeros(2, device=device)
+    torch.library.opcheck(operators.draw_seed, (like,), test_utils=("test_schema", "test_faketensor"))
+    torch.manual_seed(3)
+    found = [operators.draw_seed(like) for _ in range(2)]
+    torch.manual_seed(3)
+    assert found == [sampling.draw_seed(like.device) for _ in range(2)]
 
 
 @pytest.mark.parametrize("wide", [False, True])
-def test_opcheck_of_the_noise(backend, wide):
-    call = (seed(), [3, 5], 2, -1, wide)
-    torch.library.opcheck(operators.normals, call)
+@pytest.mark.parametrize("shape", [(3, 5), (2, 1031), (1, 0), (7,), (2, 3, 2)], ids=str)
+@pytest.mark.parametrize("seeds", ["one", "per sample"])
+def test_the_noise(backend, device, seeds, shape, wide):
+    """The operator's own kernel on a CPU, and what it is made of elsewhere."""
+    key = seed().to(device) if seeds == "one" else torch.arange(11, 11 + shape[0], device=device)
+    call = (key, list(shape), 2, -1, wide)
+    if shape == (3, 5):
+        torch.library.opcheck(operators.normals, call)
     dtype = torch.float64 if wide else torch.float32
-    right = reference.noise(seed(), (3, 5), dtype=torch.float64, first_index=2, offset=2**64 - 1)
-    torch.testing.assert_close(operators.normals(*call).double(), right, rtol=0, atol=accuracy.NOISE[dtype])
+    right = reference.noise(key, shape, dtype=torch.float64, first_index=2, offset=2**64 - 1)
+    for found in (operators.normals(*call), operators.rows_of_normals(*call)):
+        assert found.dtype == dtype
+        assert found.is_contiguous()
+        torch.testing.assert_close(found.double(), right, rtol=0, atol=accuracy.NOISE[dtype])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -22,7 +22,7 @@ MaybeTensor forward(const Tensor& mu, const Tensor& logvar, const Tensor* seed, 
     if (want_kl) sums.add(i, tile, sum, terms, kernels<T>());
   });
   if (!want_kl) return std::nullopt;
-  const Tensor kl = empty<T>(1, tiles.rows.rows);
+  const Tensor kl = empty<T>({tiles.rows.rows});
   T* out = static_cast<T*>(kl.data_ptr());
   for (int64_t row = 0; row < tiles.rows.rows; ++row) out[row] = static_cast<T>(0.5 * sums[row]);
   return kl;

@@ -61,8 +61,8 @@ std::tuple<MaybeTensor, Tensor, MaybeTensor> loss_and_gradients(const Tensor& x_
            [&](int64_t i) { i < data.grid.count ? data_tile(i) : latent_tile(i - data.grid.count); });
 
   const int64_t count = data.rows.rows;
-  const Tensor nll = empty<T>(1, count);
-  const MaybeTensor kl_out = mu ? MaybeTensor(empty<T>(1, count)) : std::nullopt;
+  const Tensor nll = empty<T>({count});
+  const MaybeTensor kl_out = mu ? MaybeTensor(empty<T>({count})) : std::nullopt;
   T* const to_nll = static_cast<T*>(nll.data_ptr());
   T* const to_kl = mu ? static_cast<T*>(kl_out->data_ptr()) : nullptr;
   double total = 0;
@@ -80,7 +80,7 @@ std::tuple<MaybeTensor, Tensor, MaybeTensor> loss_and_gradients(const Tensor& x_
   }
   if (g_kl) *static_cast<T*>(g_kl->data_ptr()) = latent_weight;
   if (!w.total) return {std::nullopt, nll, kl_out};
-  const Tensor loss = empty<T>(0, 1);
+  const Tensor loss = empty<T>({});
   *static_cast<T*>(loss.data_ptr()) = static_cast<T>(*w.total * total);
   return {loss, nll, kl_out};
 }

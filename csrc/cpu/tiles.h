@@ -203,14 +203,17 @@ inline int64_t tiles_worth(int64_t grain, const Grid& grid) {
   return std::max<int64_t>(1, grain / std::max<int64_t>(1, grid.rows * grid.columns / std::max<int64_t>(1, grid.count)));
 }
 
-// Uninitialised, of T, on the CPU.
+// Uninitialised and contiguous, of T, on the CPU.
 template <class T>
-Tensor empty(int64_t dims, int64_t size) {
-  const int64_t stride = 1;
+Tensor empty(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (std::size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(1, sizes[d])) strides[d] = stride;
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, &size, &stride, std::is_same_v<T, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
-      aoti_torch_device_type_cpu(), 0, &handle));
+      sizes.size(), sizes.data(), strides.data(),
+      std::is_same_v<T, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0,
+      &handle));
   return Tensor(handle);
 }
 

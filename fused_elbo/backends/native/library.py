@@ -37,6 +37,10 @@ SCHEMAS = (
     " Tensor(a!)? g_mu, Tensor(b!)? g_raw, Tensor(c!)? g_prior_mean, Tensor(d!)? g_prior_raw) -> ()",
 )
 
+# Of two operators that ``fused_elbo.operators`` defines for every device, for which the CPU's library has kernels.
+DRAW_SEED = "(Tensor like) -> Tensor"
+NORMALS = "(Tensor seed, SymInt[] shape, SymInt first_index, SymInt offset, bool wide) -> Tensor"
+
 LIBRARIES = {"cpu": "libfused_elbo_cpu.so", "cuda": "libfused_elbo_cuda.so"}
 FOLDER = Path(__file__).parents[2] / "lib"
 FOLDER_VARIABLE = "FUSED_ELBO_LIB"
@@ -49,7 +53,7 @@ def location(device_type: str) -> Path:
 
 def interface() -> str:
     """Names what a library and its caller must agree on."""
-    text = "\n".join((*SCHEMAS, version(TORCH_TARGET)))
+    text = "\n".join((*SCHEMAS, DRAW_SEED, NORMALS, version(TORCH_TARGET)))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
