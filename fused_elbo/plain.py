@@ -68,7 +68,7 @@ def elbo(
             kl is not None and kl.requires_grad,
         )
     options = (chunk_dim, likelihood, weight, needs, inplace and needs[0], ops.select(x_hat.device))
-    return apply(ELBO, x_hat, x, mu, logvar, kl, beta, grad_scale, options)[:3]
+    return apply(ELBO, x_hat, x, mu, logvar, kl, beta, grad_scale, options)
 
 
 def _composed(

@@ -90,7 +90,7 @@ class RsampleKL(torch.autograd.Function):
 
 
 class ELBO(torch.autograd.Function):
-    """``(loss, nll, kl, *gradients)`` of the negative ELBO; the gradients are this Function's own and not differentiable.
+    """``(loss, nll, kl)`` of the negative ELBO.
 
     ``apply(x_hat, x, mu, logvar, kl, beta, grad_scale, (chunk_dim, likelihood, weight, needs, inplace, backend))``: the KL is
     that of ``mu, logvar`` (packed moments in ``mu`` where ``chunk_dim`` is neither 0 nor None), or ``kl`` (N,), or absent.
@@ -101,6 +101,7 @@ class ELBO(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         x_hat: Tensor,
         x: Tensor,
         mu: Tensor | None,
@@ -125,35 +126,25 @@ class ELBO(torch.autograd.Function):
         if loss is None:
             loss = reference.total(nll, kl_out, beta, None)
         if inplace:
-            # Whoever saved x_hat must learn that it is gone. An output may not be an input too, so it is not returned.
+            # Whoever saved x_hat must learn that it is gone.
             torch.autograd.graph.increment_version(x_hat)
-            g_x_hat = None
-        gradients = [g for g in (g_x_hat, g_x, g_mu, g_logvar, g_kl) if g is not None]
-        return loss, nll, None if mu is None else kl_out, *gradients
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x_hat, x, mu, logvar, kl, beta, grad_scale, options = inputs
-        _, _, _, _, inplace, _ = options
-        _, _, kl_out, *gradients = output
-        ctx.mark_non_differentiable(*gradients)
+            g_x_hat = x_hat.detach()
         ctx.set_materialize_grads(False)
         ctx.beta, ctx.grad_scale, ctx.options = beta, grad_scale, options
-        if inplace:
-            gradients.insert(0, x_hat.detach())
         ctx.save_for_backward(
             None if inplace else x_hat,
             x,
             mu,
             logvar,
-            kl_out if kl is None else kl,
+            kl_out,
             beta if isinstance(beta, Tensor) else None,
             grad_scale if isinstance(grad_scale, Tensor) else None,
-            *gradients,
+            *(g for g in (g_x_hat, g_x, g_mu, g_logvar, g_kl) if g is not None),
         )
+        return loss, nll, None if mu is None else kl_out
 
     @staticmethod
-    def backward(ctx: Any, g_loss: Tensor | None, g_nll: Tensor | None, g_kl: Tensor | None, *_: None) -> tuple:
+    def backward(ctx: Any, g_loss: Tensor | None, g_nll: Tensor | None, g_kl: Tensor | None) -> tuple:
         if g_loss is None and g_nll is None and g_kl is None:
             return (None,) * 8
         x_hat, x, mu, logvar, kl, beta, grad_scale, *baked = ctx.saved_tensors
