@@ -117,10 +117,13 @@ def posterior(
             )
         noise = noise_of(seed, eps, call.first_index, call.offset)
         return posterior_rules.formula(mu, raw, prior_mean, prior_raw, noise, call)
-    if not torch.compiler.is_compiling() and sharding.involved(*tensors):
-        if seed is not None:
+    if sharding.involved(*tensors):
+        if torch.compiler.is_compiling():
+            tensors = sharding.traced(*tensors)
+        elif seed is not None:
             return sharding.sampled(*tensors[:5], call, shard or posterior)
-        tensors = sharding.prepared(*tensors)
+        else:
+            tensors = sharding.prepared(*tensors)
     chosen = call.spec
     place = (
         call.chunk_dim,
@@ -142,8 +145,11 @@ def nll(
     """``nll`` (A, B) of ``reference.likelihood``, where ``plainly`` says no."""
     if _transformed():
         return likelihood_rules.formula(x_hat, x, log_scale, weight, mask, spec)
-    if not torch.compiler.is_compiling() and sharding.involved(x_hat, x, log_scale, weight, mask):
-        x_hat, x, log_scale, weight, mask = sharding.prepared(x_hat, x, log_scale, weight, mask)
+    if sharding.involved(x_hat, x, log_scale, weight, mask):
+        if torch.compiler.is_compiling():
+            sharding.register()
+        else:
+            x_hat, x, log_scale, weight, mask = sharding.prepared(x_hat, x, log_scale, weight, mask)
     return operators.nll(x_hat, x, log_scale, weight, mask, *spec)
 
 

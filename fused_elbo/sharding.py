@@ -33,9 +33,17 @@ def involved(*tensors: Tensor | None) -> bool:
     return tensor is not None and any(isinstance(t, tensor.DTensor) for t in tensors)
 
 
-@functools.cache
 def register() -> None:
     """Tell DTensor how the operators may be sharded."""
+    _register()
+
+
+# A compiler that traces a call runs it, in place of tracing it.
+register._dynamo_marked_constant = True
+
+
+@functools.cache
+def _register() -> None:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._op_schema import OpSchema, OpStrategy, RuntimeSchemaInfo
     from torch.distributed.tensor._ops.utils import expand_to_full_mesh_op_strategy
@@ -69,6 +77,24 @@ def prepared(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         t if t is None or not t.requires_grad else _unexpanded(t).redistribute(placements=t.placements).expand(t.shape)
         for t in tensors
     )
+
+
+def traced(
+    mu: Tensor,
+    raw: Tensor | None,
+    prior_mean: Tensor | None,
+    prior_raw: Tensor | None,
+    seed: Tensor | None,
+    eps: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Operands for an operator in a compiler's graph, which gathers them where it numbers the noise of one seed."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    register()
+    if seed is not None and not involved(seed):
+        mesh = mu.device_mesh
+        seed = DTensor.from_local(seed, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return mu, raw, prior_mean, prior_raw, seed, eps
 
 
 def sampled(

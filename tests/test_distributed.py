@@ -216,6 +216,7 @@ CASES = {
     "eps": (lambda a, b, c: sample_and_terms(a, b, eps=c.detach(), num_samples=2), (LATENT, 1), (LATENT, 1), ((2, *LATENT), 2)),
 }
 PARTIAL = {"nll of sharded rows", "kl of sharded dimensions"}
+COMPILED = ("elbo_loss", "mask", "seeds")
 
 
 def differentiated(operation: Callable, operands: list[Tensor]) -> tuple[tuple, list]:
@@ -226,26 +227,47 @@ def differentiated(operation: Callable, operands: list[Tensor]) -> tuple[tuple, 
     return tuple(t.detach() for t in found), [t.grad for t in operands]
 
 
+def undivided_and_placed(name: str, mesh: dist.device_mesh.DeviceMesh) -> tuple[tuple[tuple, list], list[Tensor]]:
+    """Results and gradients of one process, and the operands on a mesh."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    operation, *operands = CASES[name]
+    tensors = [randn(*size, seed=k) for k, (size, _) in enumerate(operands)]
+    whole = differentiated(operation, [t.clone().requires_grad_() for t in tensors])
+    placed = []
+    for t, (_, dim) in zip(tensors, operands, strict=True):
+        across = [Replicate() if dim is None else Shard(dim)] * mesh.ndim
+        placed.append(distribute_tensor(t, mesh, across).requires_grad_())
+    return whole, placed
+
+
+def assert_undivided(parts: tuple[tuple, list], whole: tuple[tuple, list], name: str) -> None:
+    for mine, theirs in zip((*parts[0], *parts[1]), (*whole[0], *whole[1]), strict=True):
+        if theirs is None:
+            assert mine is None, name
+        else:
+            torch.testing.assert_close(mine.full_tensor(), theirs, rtol=1e-11, atol=1e-11, msg=name)
+
+
+def compiled() -> None:
+    """The same in a compiler's graph, by a process that has not called anything on a DTensor before."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    for name in COMPILED:
+        whole, placed = undivided_and_placed(name, mesh)
+        operation = torch.compile(CASES[name][0], backend="aot_eager", fullgraph=True)
+        assert_undivided(differentiated(operation, placed), whole, name)
+
+
 def sharded(shape: tuple[int, ...]) -> None:
     """Every case on a mesh: the results and gradients of one process, where they belong, and nothing was gathered."""
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.debug import CommDebugMode
 
     mesh = dist.device_mesh.init_device_mesh("cpu", shape)
-    for name, (operation, *operands) in CASES.items():
-        tensors = [randn(*size, seed=k) for k, (size, _) in enumerate(operands)]
-        whole = differentiated(operation, [t.clone().requires_grad_() for t in tensors])
-        placed = []
-        for t, (_, dim) in zip(tensors, operands, strict=True):
-            across = [Replicate() if dim is None else Shard(dim)] * mesh.ndim
-            placed.append(distribute_tensor(t, mesh, across).requires_grad_())
+    for name, (operation, *_) in CASES.items():
+        whole, placed = undivided_and_placed(name, mesh)
         with CommDebugMode() as communication:
             parts = differentiated(operation, placed)
-        for mine, theirs in zip((*parts[0], *parts[1]), (*whole[0], *whole[1]), strict=True):
-            if theirs is None:
-                assert mine is None, name
-            else:
-                torch.testing.assert_close(mine.full_tensor(), theirs, rtol=1e-11, atol=1e-11, msg=name)
+        assert_undivided(parts, whole, name)
         assert all(g is None or g.placements == t.placements for g, t in zip(parts[1], placed, strict=True)), name
         assert not any("gather" in str(kind) for kind in communication.get_comm_counts()), (
             name,
@@ -314,6 +336,7 @@ def in_a_world(rank: int, size: int, data: str) -> dict:
         found["eager"] = trained(data, ranks, "eager", 20)
         found["fused-linear"] = trained(data, ranks, "fused", 20, "fused-linear")
         found["fully sharded"] = fully_sharded(ranks)
+        compiled()
         sharded((2,))
         refused()
         operators_alone()
