@@ -210,10 +210,10 @@ Tensor empty(const std::vector<int64_t>& sizes) {
   int64_t stride = 1;
   for (std::size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(1, sizes[d])) strides[d] = stride;
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.data(), strides.data(),
-      std::is_same_v<T, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0,
-      &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
+                               std::is_same_v<T, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+                               aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
