@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -12,6 +14,8 @@ from typing import Any
 
 BAD_ARGUMENTS = 2
 INTERRUPTED = 130
+# As a shell says it of a process that a closed pipe has ended.
+NOBODY_READS = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments. Default None: those of the process.
 
     Returns:
-        The exit code: 0, 2 for what the user can mend (said in one line on stderr), 130 after Ctrl-C.
+        The exit code: 0, 2 for what the user can mend (said in one line on stderr), 130 after Ctrl-C or TERM, 141 where nobody
+        reads the output any more.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="python -m fused_elbo", description="Fused losses for variational autoencoders.")
@@ -31,7 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_plain(commands)
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
+        code = args.run(args)
+        print(end="", flush=True)
+        return code
+    except BrokenPipeError:
+        # Else Python writes what is left when it ends, and complains.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -157,8 +168,11 @@ def _train(args: argparse.Namespace) -> int:
             print(table(compare(config, out)))
         else:
             train(config)
-    except (DataError, RunError) as error:
-        if not silent():
+    except BrokenPipeError:
+        raise
+    except (DataError, RunError, OSError) as error:
+        # Of its machine's troubles no other process knows.
+        if isinstance(error, OSError) or not silent():
             print(f"python -m fused_elbo train: error: {error}", file=sys.stderr)
         return BAD_ARGUMENTS
     except Interrupted:
@@ -167,7 +181,10 @@ def _train(args: argparse.Namespace) -> int:
         raise
     except TrainingFailed as failure:
         if failure.code == INTERRUPTED:
-            print(f"continue both with: python -m fused_elbo train --loss both --out {out} --resume", file=sys.stderr)
+            print(
+                f"continue both with: python -m fused_elbo train --loss both --out {shlex.quote(str(out))} --resume",
+                file=sys.stderr,
+            )
         return failure.code
     if not config.quiet and not silent():
         print(f"wrote {out}")
@@ -175,4 +192,5 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _absolute(folder: str) -> str:
-    return str(Path(folder).resolve())
+    # Path.resolve raises an error of links that lead to themselves.
+    return os.path.realpath(folder)

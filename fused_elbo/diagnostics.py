@@ -69,7 +69,7 @@ def objective(
     found = _likelihood(x_hat, x, options)
     if mu is not None:
         found += _latent(mu, logvar, chunk_dim, options, None)
-    elif _readable(kl):
+    elif kl is not None and _readable(kl):
         _finite("kl", kl)
     if type(beta) is float and 0 < beta < LEAST_BETA and sigma == 1.0 and "log_sigma" not in options:
         dims = arguments.batch_dims(options.get("batch_dims", (0,)), "x_hat", arguments.batched("x_hat", x_hat))
@@ -89,7 +89,7 @@ def _latent(
         return []
     mean, raw = mu.chunk(2, chunk_dim) if logvar is None else (mu, logvar)
     if mask is not None:
-        mask = arguments.leading("mask", mask, "mu", mean)
+        mask = arguments.leading("mask", arguments.boolean("mask", mask), "mu", mean)
     for name, t in (("mu", mean), ("logvar", raw)):
         _finite(name, t, mask)
     seen = raw if mask is None else raw[mask.expand(raw.shape)]
@@ -110,7 +110,7 @@ def _latent(
     bounded = options.get("clamp") is not None or options.get("soft_clamp") is not None
     # Where the deviation alone leaves the sample's dtype.
     highest = min(FARTHEST_LOGVAR, 2 * math.log(torch.finfo(mean.dtype).max))
-    for value in (low, high):
+    for value in dict.fromkeys((low, high)):
         if not bounded and not -FARTHEST_LOGVAR <= value <= highest:
             found.append(
                 f"logvar: got {value:g}, a standard deviation of {math.exp(min(value / 2, 700.0)):.2g} in a sample of "
@@ -124,7 +124,7 @@ def _likelihood(x_hat: Tensor, x: Tensor, options: dict[str, Any]) -> list[str]:
     if not _readable(x_hat, x, mask):
         return []
     if mask is not None:
-        mask = arguments.leading("mask", mask, "x", x)
+        mask = arguments.leading("mask", arguments.boolean("mask", mask), "x", x)
     _finite("x_hat", x_hat, mask)
     _finite("x", x, mask)
     if options.get("likelihood") != "bernoulli" or x_hat.numel() == 0:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution, register_kl
 
 from . import functional
-from .remembered import RememberedKL
+from .remembered import RememberedKL, Unchanged
 
 
 class Normal(torch.distributions.Normal):
@@ -32,11 +32,19 @@ class Normal(torch.distributions.Normal):
         super().__init__(loc, scale, validate_args=False if torch.compiler.is_compiling() else validate_args)
         self._given_scale = scale
         self._standard = not isinstance(loc, Tensor) and not isinstance(scale, Tensor) and loc == 0 and scale == 1
+        self._given = Unchanged(self.loc, self.scale)
 
     def expand(self, batch_shape: torch.Size, _instance: Normal | None = None) -> Normal:
         new = self._get_checked_instance(Normal, _instance)
-        new._given_scale, new._standard = self._given_scale, self._standard
-        return super().expand(batch_shape, _instance=new)
+        as_given = self._as_given()
+        new._given_scale, new._standard = self._given_scale if as_given else self.scale, self._standard and as_given
+        super().expand(batch_shape, _instance=new)
+        new._given = Unchanged(new.loc, new.scale)
+        return new
+
+    def _as_given(self) -> bool:
+        """Whether nobody has changed or replaced the parameters since."""
+        return self._given.are(self.loc, self.scale)
 
     def rsample(
         self,
@@ -97,9 +105,8 @@ class Independent(torch.distributions.Independent):
 
     def log_prob(self, value: Tensor) -> Tensor:
         base, count = self.base_dist, self.reinterpreted_batch_ndims
-        scale = getattr(base, "_given_scale", None)
-        one = scale is not None and (not isinstance(scale, Tensor) or scale.numel() == 1)
-        if not (one and count and value.is_floating_point()):
+        scale = _one_scale(base)
+        if scale is None or not count or not value.is_floating_point():
             return super().log_prob(value)
         if base._validate_args:
             base._validate_sample(value)
@@ -144,7 +151,7 @@ def _kl_independent(p: torch.distributions.Independent, q: torch.distributions.I
         return torch.distributions.kl_divergence(p, q)
     remembered = None
     if isinstance(p, Independent) and p._remembered is not None and _standard(q.base_dist) and p.batch_shape == q.batch_shape:
-        remembered = p._remembered.take()
+        remembered = p._remembered.take(p.base_dist.loc, p.base_dist.scale)
     return _kl(p.base_dist, q.base_dist, counts[0]) if remembered is None else remembered
 
 
@@ -160,7 +167,16 @@ def _kl(p: torch.distributions.Normal, q: torch.distributions.Normal, count: int
 
 def _standard(q: torch.distributions.Normal) -> bool:
     """Whether q is known to be N(0, 1) without a look at its values."""
-    return isinstance(q, Normal) and q._standard
+    return isinstance(q, Normal) and q._standard and q._as_given()
+
+
+def _one_scale(base: Distribution) -> float | Tensor | None:
+    """The scale of a ``Normal`` where it is one number for all elements, as it was given."""
+    if not isinstance(base, Normal) or not base._as_given():
+        return None
+    scale = base._given_scale
+    one = scale.numel() == 1 if isinstance(scale, Tensor) else 0 < scale < math.inf
+    return scale if one else None
 
 
 def _parameters(base: torch.distributions.Normal, count: int) -> tuple[Tensor, Tensor]:

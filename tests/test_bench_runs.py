@@ -259,6 +259,10 @@ def test_threads_and_processors_are_given_back(tmp_path, monkeypatch):
         (("--threads", "0"), "--threads: got 0"),
         (("--json", "/no/such/folder/file"), "there is no folder /no/such/folder"),
         (("--resume",), "--resume: takes --json"),
+        (("--budget", "nan"), "--budget: got nan, takes a positive number"),
+        (("--minutes", "-1"), "--minutes: got -1"),
+        (("--json", "/"), "--json: got /, takes a file"),
+        (("--plot", __file__), "takes a folder: File exists"),
     ],
 )
 def test_bad_arguments(capsys, options, said):

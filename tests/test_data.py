@@ -84,6 +84,8 @@ def test_a_missing_file_is_named(folder, name):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(DataError, match="nowhere, which is not a folder"):
         load_digits(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="no digits: "):
+        load_digits(tmp_path / ("long" * 99))
 
 
 @pytest.mark.parametrize(

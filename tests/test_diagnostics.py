@@ -99,6 +99,9 @@ PACKED = "torch.cat((mu, variance), 1)"
         ("fe.gaussian_nll(x_hat, x.to('meta'))", "x: got device meta"),
         ("fe.gaussian_nll(x_hat, 3.0)", "x: got 3.0, takes a tensor"),
         ("fe.kl_divergence(mu, None)", "logvar: got None"),
+        ("fe.elbo_loss(x_hat, x)", "kl: got neither of mu and kl"),
+        ("fe.nll(x_hat, x, mask=x)", "mask: got dtype torch.float32, takes torch.bool"),
+        ("fe.kl_divergence(mu, logvar, mask=mu)", "mask: got dtype torch.float32, takes torch.bool"),
     ],
 )  # fmt: skip
 def test_what_is_said(expression, message):

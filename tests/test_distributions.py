@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from pathlib import Path
 
 import oracle
@@ -15,6 +17,7 @@ from torch.distributions import kl_divergence
 
 import fused_elbo as fe
 from fused_elbo.distributions import Independent, Normal
+from fused_elbo.integrations.diffusers import DiagonalGaussianDistribution
 
 # Shapes of loc and scale, which broadcast.
 SHAPES = [((), ()), ((7,), (7,)), ((3, 5), (5,)), ((3, 1, 5), (2, 1)), ((0, 4), (4,)), ((4, 0), (4, 1)), ((2, 3, 1, 5), ())]
@@ -154,6 +157,61 @@ def test_a_sample_without_gradients_leaves_the_kl_its_own():
     assert wide.shape == (2, 3)
 
 
+def made(kind):
+    """A distribution of leaves that has been sampled, and how its KL from the standard normal is asked for."""
+    if kind is Independent:
+        prior = Independent(Normal(0.0, 1.0).expand((3, 4)), 1)
+        q, kl = Independent(Normal(*parameters((3, 4), (3, 4))), 1), lambda q: kl_divergence(q, prior)
+    else:
+        q, kl = kind(oracle.leaf(oracle.randn(3, 8, dtype=torch.float64))), lambda q: q.kl()
+    return q, kl
+
+
+@pytest.mark.parametrize("kind", [Independent, DiagonalGaussianDistribution])
+def test_a_copy_of_what_was_sampled_has_a_graph_of_its_own(kind):
+    q, kl = made(kind)
+    q.rsample() if kind is Independent else q.sample()
+    for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        leaf = other.base_dist.loc if kind is Independent else other.parameters
+        (gradient,) = torch.autograd.grad(kl(other).sum(), leaf)
+        torch.testing.assert_close(gradient[:, :4], leaf[:, :4].detach(), **TOLERANCES)
+
+
+@pytest.mark.parametrize("kind", [Independent, DiagonalGaussianDistribution])
+def test_a_kl_that_inference_mode_made_stays_there(kind):
+    q, kl = made(kind)
+    q = q.expand((3,)) if kind is Independent else q
+    with torch.inference_mode():
+        q.rsample() if kind is Independent else q.sample()
+    assert kl(q).requires_grad
+
+
+def test_parameters_that_are_replaced_or_overwritten_are_read_anew():
+    loc, scale = parameters((3, 4), (3, 4))
+    other = loc.detach() + 1
+    q, prior = Independent(Normal(loc, scale), 1), Normal(0.0, 1.0).expand((3, 4))
+    q.rsample()
+    q.base_dist.loc = other
+    exact = kl_divergence(td.Normal(other, scale), td.Normal(0.0, 1.0)).sum(1)
+    torch.testing.assert_close(kl_divergence(q, Independent(prior, 1)), exact, **TOLERANCES)
+    packed = oracle.randn(3, 8, dtype=torch.float64)
+    latents = DiagonalGaussianDistribution(packed)
+    latents.sample()
+    latents.parameters = 2 * packed
+    assert torch.equal(latents.kl(), DiagonalGaussianDistribution(2 * packed).kl())
+    exact = kl_divergence(td.Normal(loc, scale), td.Normal(2.0, 1.0))
+    prior.loc = torch.full((3, 4), 2.0)
+    overwritten = Normal(0.0, 1.0)
+    overwritten.loc.fill_(2.0)
+    for changed in (prior, overwritten, overwritten.expand((3, 4))):
+        torch.testing.assert_close(kl_divergence(Normal(loc, scale), changed), exact, **TOLERANCES)
+    decoder = Normal(loc, 0.5)
+    decoder.scale = scale
+    torch.testing.assert_close(
+        Independent(decoder, 1).log_prob(other), td.Normal(loc, scale).log_prob(other).sum(1), **TOLERANCES
+    )
+
+
 SCALES = {"a number": 0.3, "one element": torch.tensor([0.3], dtype=torch.float64), "one for each": None}
 
 
@@ -200,6 +258,10 @@ def test_validation_is_torchs(monkeypatch):
             outer(q, 1).log_prob(torch.zeros(4))
         unchecked = outer(make(torch.zeros(3), 1.0, validate_args=False), 1)
         assert unchecked.log_prob(torch.tensor([0.0, math.nan, 0.0])).isnan()
+        for scale in (0.0, -1.0, math.inf):
+            terms = [m(torch.zeros(3), scale, validate_args=False) for m in (make, td.Normal)]
+            found, right = outer(terms[0], 1).log_prob(torch.ones(3)), td.Independent(terms[1], 1).log_prob(torch.ones(3))
+            torch.testing.assert_close(found, right, equal_nan=True)
 
 
 def test_other_bases_and_other_events_are_torchs():

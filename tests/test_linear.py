@@ -229,6 +229,20 @@ def test_float16_gradients_neither_vanish_nor_overflow(backend, device):
             torch.testing.assert_close(g.double(), exact, rtol=2e-2, atol=2e-2 * exact.abs().max().item())
 
 
+@pytest.mark.parametrize("likelihood", ["gaussian", "laplace"])
+@pytest.mark.parametrize("sigma", [1e-15, 1e25, 1e160])
+def test_any_sigma(device, sigma, likelihood):
+    """Its square may be no number of float32, nor of float64."""
+    x = oracle.leaf(oracle.randn(7, 13, seed=3, device=device))
+    given = layer(7, 13, device=device, dtype=torch.float32).leaves()
+    options = {"sigma": sigma, "likelihood": likelihood}
+    mine, right = fe.linear_gaussian_nll(*given, x, **options), unfused(given, x, **options)
+    torch.testing.assert_close(mine, right, rtol=1e-5, atol=0)
+    for found, true in zip(*(oracle.grads(value, [*given, x]) for value in (mine, right)), strict=True):
+        assert true.isfinite().all()
+        torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-5 * float(true.abs().max()))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_bad_values_stay_in_their_row(backend, device, bad):
     given = layer(5, 6, device=device)

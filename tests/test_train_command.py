@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -21,7 +23,7 @@ from training_runs import (
 
 from fused_elbo import cli
 from fused_elbo.vae import RunError, TrainConfig, train
-from fused_elbo.vae.comparison import compare, summary, table
+from fused_elbo.vae.comparison import TrainingFailed, _train_in_subprocess, compare, summary, table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,6 +64,12 @@ def test_command_line_errors_are_one_line(args, message, tmp_path, capsys):
     assert message in captured.err
 
 
+def test_a_link_that_leads_to_itself_is_no_folder(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    assert cli.main(["train", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "loop")]) == 2
+    assert "loop, which is not a folder" in capsys.readouterr().err
+
+
 def test_help_tells_every_default(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "--help"])
@@ -89,7 +97,7 @@ def test_the_command_line_takes_the_options_of_the_run_that_it_resumes(data, tmp
 
 
 def test_ctrl_c_leaves_a_run_that_can_be_resumed(data, tmp_path):
-    out = tmp_path / "run"
+    out = tmp_path / "a run"
     process = command("train", "--data", data, "--out", out, "--epochs", 10000, "--device", "cpu")
     deadline = time.monotonic() + 60
     while not (out / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < deadline:
@@ -97,7 +105,7 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(data, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert f"python -m fused_elbo train --out {out} --resume" in err
+    assert f"python -m fused_elbo train --out '{out}' --resume" in err
     assert "Traceback" not in err
 
     state = torch.load(out / "checkpoint.pt", weights_only=True)
@@ -143,7 +151,7 @@ def test_both_losses_side_by_side(data, tmp_path):
 
 
 def test_ctrl_c_of_a_comparison_reaches_the_training(data, tmp_path):
-    out = tmp_path / "both"
+    out = tmp_path / "both of them"
     process = command("train", "--loss", "both", "--data", data, "--epochs", 10000, "--device", "cpu", "--out", out)
     deadline = time.monotonic() + 60
     while not (out / "fused" / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < deadline:
@@ -151,10 +159,40 @@ def test_ctrl_c_of_a_comparison_reaches_the_training(data, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert f"--loss both --out {out} --resume" in err
+    assert f"--loss both --out '{out}' --resume" in err
     assert "Traceback" not in err
     assert torch.load(out / "fused" / "checkpoint.pt", weights_only=True)["metrics"]["steps"]["loss"]
     assert not (out / "eager").exists()
+
+
+def test_term_of_a_comparison_reaches_the_training(monkeypatch):
+    class Training:
+        asked = False
+
+        def __init__(self, command):
+            assert command[1:4] == ["-m", "fused_elbo", "train"]
+
+        def terminate(self):
+            Training.asked = True
+
+        def wait(self):
+            signal.raise_signal(signal.SIGTERM)
+            return 130
+
+    monkeypatch.setattr(subprocess, "Popen", Training)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TrainingFailed, match="ended with code 130"):
+        _train_in_subprocess(TrainConfig())
+    assert Training.asked
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_output_that_nobody_reads_ends_the_command(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        assert cli.main(["bench", "--list"]) == 141
 
 
 def test_the_table_claims_a_speed_only_for_a_fused_backend():

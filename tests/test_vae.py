@@ -17,11 +17,12 @@ from training_runs import (
     STEPS_PER_EPOCH,
     assert_same_bits,
     checkpoint,
-    ctrl_c_after,
+    stopped_after,
 )
 
 import fused_elbo as fe
 from fused_elbo.vae import Interrupted, RunError, TrainConfig, build, load_digits, train
+from fused_elbo.vae.run_folder import read_checkpoint
 from fused_elbo.vae.training import Trainer, evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,23 +148,24 @@ def test_the_seed_decides_every_bit(config):
 
 
 @pytest.mark.parametrize(
-    ("options", "step"),
+    ("options", "step", "number"),
     [
-        ({}, STEPS_PER_EPOCH + 5),
-        ({"loss": "eager"}, 3),
-        ({"model": "conv"}, STEPS_PER_EPOCH + 1),
-        ({"head": "fused-linear"}, 5),
-        ({}, STEPS_PER_EPOCH),
-        ({"batch_size": 100}, 8),
+        ({}, STEPS_PER_EPOCH + 5, signal.SIGINT),
+        ({"loss": "eager"}, 3, signal.SIGTERM),
+        ({"model": "conv"}, STEPS_PER_EPOCH + 1, signal.SIGINT),
+        ({"head": "fused-linear"}, 5, signal.SIGINT),
+        ({}, STEPS_PER_EPOCH, signal.SIGTERM),
+        ({"batch_size": 100}, 8, signal.SIGINT),
     ],
     ids=["mlp", "eager", "conv", "fused-linear", "last step of an epoch", "ragged batches"],
 )
-def test_a_resumed_run_ends_with_the_same_bits(config, options, step):
+def test_a_resumed_run_ends_with_the_same_bits(config, options, step, number):
     config = replace(config, **options)
     whole = replace(config, out=f"{config.out}-whole")
     train(whole)
 
-    hook = ctrl_c_after(step)
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    hook = stopped_after(step, number)
     try:
         with pytest.raises(Interrupted, match=f"after step {step} of .*--out {config.folder} --resume"):
             train(config)
@@ -173,7 +175,7 @@ def test_a_resumed_run_ends_with_the_same_bits(config, options, step):
     assert len(state["metrics"]["steps"]["loss"]) == step
     assert not state["metrics"]["finished"]
     assert not list(config.folder.glob("*.tmp"))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
     torch.manual_seed(123)
     train(replace(config, resume=True))
@@ -213,9 +215,36 @@ def test_a_resumed_run_keeps_its_options(config):
     for name, value in {**different, "batch_size": 7}.items():
         with pytest.raises(RunError, match=f"--{name.replace('_', '-')} got {value!r}, the checkpoint has"):
             train(replace(config, resume=True, **{name: value}))
-    (config.folder / "checkpoint.pt").write_bytes((config.folder / "checkpoint.pt").read_bytes()[:1000])
-    with pytest.raises(RunError, match=r"checkpoint.pt is damaged"):
-        train(replace(config, resume=True))
+
+
+def test_whatever_is_wrong_with_a_checkpoint_is_said(config, data, monkeypatch):
+    config = replace(config, device="cpu")
+    config.folder.mkdir()
+    trainer = Trainer(config, load_digits(data))
+    trainer.save(config.folder)
+    path, state = config.folder / "checkpoint.pt", checkpoint(config)
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    for content in (b"", b"hello world\n", whole[:1000], flipped, state["model"], [state], {**state, "config": None}):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(RunError, match=r"checkpoint.pt is damaged"):
+            read_checkpoint(config.folder)
+    torch.save({**state, "config": {**state["config"], "new_option": 1}}, path)
+    with pytest.raises(RunError, match="was made with --new-option, which this version does not have"):
+        read_checkpoint(config.folder)
+    without = {name: value for name, value in state.items() if name != "metrics"}
+    smaller = {**state, "model": {name: t[:1] for name, t in state["model"].items()}}
+    for content in (without, smaller, {**state, "noise": torch.zeros(3, dtype=torch.uint8)}, {**state, "optimizer": {}}):
+        with pytest.raises(RunError, match=r"checkpoint.pt is damaged"):
+            trainer.load(content)
+
+    def fails(*_):
+        raise RuntimeError("unexpected pos 64")
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(RunError, match=r"--out: cannot write .*checkpoint.pt, is there room for it\? unexpected pos 64"):
+        trainer.save(config.folder)
 
 
 def test_a_training_that_diverges_says_so_and_keeps_the_last_checkpoint(config):
@@ -260,6 +289,8 @@ def test_an_unusable_device_backend_or_folder_is_an_error(config, tmp_path, monk
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="--out: cannot write to"):
         train(replace(config, out=str(tmp_path / "file" / "run")))
+    with pytest.raises(RunError, match="--out: cannot "):
+        train(replace(config, out=str(tmp_path / ("long" * 99))))
     monkeypatch.setenv("FUSED_ELBO_BACKEND", "abacus")
     with pytest.raises(RunError, match="abacus"):
         train(config)

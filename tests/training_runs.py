@@ -50,14 +50,14 @@ def assert_same_bits(a: dict, b: dict) -> None:
     assert a["metrics"]["untrained"] == b["metrics"]["untrained"]
 
 
-def ctrl_c_after(step: int):
-    """A hook that sends this process SIGINT in the middle of a training step."""
+def stopped_after(step: int, number: int = signal.SIGINT):
+    """A hook that sends this process a signal in the middle of a training step."""
     count = 0
 
     def hook(*_) -> None:
         nonlocal count
         count += 1
         if count == step:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     return register_optimizer_step_post_hook(hook)

@@ -28,6 +28,8 @@ CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 32 * 2**20}
 OTHER_CHUNK_BYTES = 4 * 2**20
 # What a dense target's chunk of a sparse one may take, in full rows.
 DENSE_BYTES = 32 * 2**20
+# What a gradient is made for, and one over it, are numbers of float32 up to exp of this, whatever sigma is.
+MOST_EXPONENT = 80.0
 # Products are quickest where their sizes are multiples of this.
 GRANULE = 64
 
@@ -127,7 +129,8 @@ def unit_of(spec: Likelihood, learned: bool) -> float:
     """
     if learned or spec.family == "bernoulli":
         return 1.0
-    return math.exp((2.0 if spec.family == "gaussian" else 1.0) * spec.log_scale)
+    exponent = (2.0 if spec.family == "gaussian" else 1.0) * spec.log_scale
+    return math.exp(max(-MOST_EXPONENT, min(exponent, MOST_EXPONENT)))
 
 
 def chunk_of(count: int, features: int, itemsize: int, device_type: str, most: int | None = None) -> tuple[int, int]:

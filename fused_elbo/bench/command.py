@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import time
@@ -42,9 +43,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         if args.list:
             print("\n".join(item.title for item in chosen))
             return 0
-        for path in (args.json, args.markdown):
-            if path and not path.parent.is_dir():
-                raise BadArguments(f"there is no folder {path.parent}")
+        _require_usable(args)
         with _threads(args.threads, pinned=args.pin):
             return _measured(args, argv, chosen)
     except (BadArguments, record.RecordError) as error:
@@ -85,7 +84,6 @@ def _measured(args: argparse.Namespace, argv: list[str], chosen: list[Item]) -> 
         # Only where a picture is asked for: the tables need no matplotlib.
         from . import plots
 
-        args.plot.mkdir(parents=True, exist_ok=True)
         plots.draw(args.plot, file.content)
     ours = [peer for item in file.content["items"] for peer in item["peers"].values() if peer["kind"] == "ours"]
     return code or (REFUSED if any("refused" in peer for peer in ours) else 0)
@@ -195,6 +193,25 @@ def _chosen(args: argparse.Namespace) -> list[Item]:
     if not chosen:
         raise BadArguments(f"--filter: no item contains {args.filter!r}, of: {', '.join(item.title for item in listed)}")
     return chosen
+
+
+def _require_usable(args: argparse.Namespace) -> None:
+    """What would end the run when all is measured, or never."""
+    if args.budget is not None and not 0 < args.budget < math.inf:
+        raise BadArguments(f"--budget: got {args.budget:g}, takes a positive number of seconds")
+    if args.minutes is not None and not args.minutes >= 0:
+        raise BadArguments(f"--minutes: got {args.minutes:g}, takes a number of at least 0")
+    for name in ("json", "markdown"):
+        path = getattr(args, name)
+        if path and not path.parent.is_dir():
+            raise BadArguments(f"there is no folder {path.parent}")
+        if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise BadArguments(f"--{name}: got {path}, takes a file that can be written")
+    if args.plot:
+        try:
+            args.plot.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadArguments(f"--plot: got {args.plot}, takes a folder: {error.strerror}") from error
 
 
 def _kind(args: argparse.Namespace) -> str:

@@ -138,7 +138,7 @@ class DiagonalGaussianDistribution:
                 )
             prior = {"prior": (other.mean, other.logvar)}
         elif self._remembered is not None:
-            remembered = self._remembered.take()
+            remembered = self._remembered.take(self.parameters)
         if remembered is not None:
             return remembered
         return functional.kl_divergence(

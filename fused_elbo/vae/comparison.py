@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from . import run_folder
+from . import run_folder, signals
 from .config import LOSSES, TrainConfig, option
 
 COMPARISON = "comparison.json"
@@ -140,7 +140,9 @@ def _train_in_subprocess(config: TrainConfig) -> None:
             command += [option(name), str(value)]
     process = subprocess.Popen(command)
     try:
-        code = process.wait()
+        # Without it the training would go on alone.
+        with signals.answered((signal.SIGTERM,), process.terminate):
+            code = process.wait()
     except KeyboardInterrupt:
         # A terminal has sent Ctrl-C to both processes, `kill` only to this one; a second signal changes nothing.
         process.send_signal(signal.SIGINT)

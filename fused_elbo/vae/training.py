@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import platform
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import ops
 from ..functional import gaussian_nll, rsample_kl
 from ..iwae import log_likelihood
-from . import parallel, run_folder
+from . import parallel, run_folder, signals
 from .config import FIXED_OPTIONS, TrainConfig
 from .data import Digits, load_digits
 from .measure import PeakMemory, StepClock
@@ -31,14 +31,15 @@ EVALUATION_SEED = 20140101
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C after a whole step; the state is saved, and the message says how to go on."""
+    """Training was stopped by Ctrl-C or TERM after a whole step; the state is saved, and the message says how to go on."""
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train, and fill the run folder: metrics.json, checkpoint.pt, loss_curve.png, reconstructions.png, samples.png.
 
-    Ctrl-C finishes the step, saves and raises ``Interrupted``; the checkpoint is also written after every epoch. Under
-    ``torchrun`` its processes train together: the batch is divided among them, and the first one writes and prints.
+    Ctrl-C finishes the step, saves and raises ``Interrupted``; so does TERM, if this process trains alone. The checkpoint is
+    also written after every epoch. Under ``torchrun`` its processes train together: the batch is divided among them, and the
+    first one writes and prints.
 
     Returns:
         The content of metrics.json: ``config``; ``environment``; ``untrained``, the held-out terms before the first step;
@@ -50,7 +51,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises:
         RunError: the run cannot start or go on: folder, checkpoint, device, backend, packages, a loss that is not finite.
         DataError: the digits cannot be had.
-        Interrupted: by Ctrl-C.
+        Interrupted: by Ctrl-C or TERM.
     """
     try:
         from tqdm import tqdm
@@ -79,7 +80,10 @@ def _run(config: TrainConfig, ranks: Ranks, tqdm: type) -> Trainer:
     bar = tqdm(total=total, initial=trainer.steps_done, unit="step", disable=True if config.quiet else None)
     # Bit for bit on CUDA takes convolutions that add in a fixed order.
     deterministic = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    with bar, deterministic, _ctrl_c() as interrupted:
+    # A process that another one waits for has to end at once where that one has failed, which TERM says under torchrun.
+    numbers = (signal.SIGINT, signal.SIGTERM) if ranks.size == 1 else (signal.SIGINT,)
+    interrupted = threading.Event()
+    with bar, deterministic, signals.answered(numbers, interrupted.set):
         while trainer.epochs_done < config.epochs:
             for _ in trainer.epoch():
                 bar.update()
@@ -87,7 +91,7 @@ def _run(config: TrainConfig, ranks: Ranks, tqdm: type) -> Trainer:
                     trainer.save(folder)
                     raise Interrupted(
                         f"interrupted after step {trainer.steps_done} of {total}, saved in {folder}; "
-                        f"continue with: python -m fused_elbo train --out {folder} --resume"
+                        f"continue with: python -m fused_elbo train --out {shlex.quote(str(folder))} --resume"
                     )
             trainer.save(folder)
             if not config.quiet:
@@ -200,7 +204,15 @@ class Trainer:
         run_folder.write_json(folder / run_folder.METRICS, self.metrics)
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint. Raises ``RunError`` where its options are not this run's."""
+        """Go on from a checkpoint. Raises ``RunError`` where its options are not this run's, or its content is no run's."""
+        try:
+            self._load(state)
+        except RunError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise RunError(run_folder.damaged(self.config.folder)) from error
+
+    def _load(self, state: dict[str, Any]) -> None:
         run_folder.require_same(self.config, state["config"], state["epochs_done"] + (state["position"] > 0))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -318,17 +330,3 @@ def _device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise RunError(f"--device: got {name!r}, which this machine or torch cannot use: {reason}") from error
     return device
-
-
-@contextlib.contextmanager
-def _ctrl_c() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, in place of an exception in the middle of a step."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted
-        return
-    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)
