@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import types
 
 import pytest
@@ -43,6 +44,7 @@ class FakeCuda(types.SimpleNamespace):
         assert (pool, stream) == ("pool", "side")
         if self.refuses == "capture":
             raise RuntimeError("operation not permitted when stream is capturing")
+        assert not gc.isenabled()
         self.captured = graph
         graph.replay = lambda: setattr(self, "clock", self.clock + graph.calls)
         yield
@@ -76,6 +78,7 @@ def test_the_clock_of_a_gpu_divides_by_all_calls(monkeypatch, refuses, eager, ho
     assert how in timed.how
     assert timed.seconds(3) == pytest.approx(3 * calls * 1e-3)
     assert fake.mode == 0
+    assert gc.isenabled()
     assert (device.broken is not None) == (refuses == "capture")
 
 

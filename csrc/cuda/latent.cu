@@ -61,7 +61,7 @@ struct ForwardArguments {
   Plan plan;
   Seed seed;
   void *kl, *partials;  // (rows,), (rows, chunks)
-  unsigned* ticket;
+  Ticket ticket;
 };
 
 // z = mu + eps sigma; sums up twice the KL.
@@ -195,13 +195,13 @@ MaybeTensor rsample_kl(Tensor mu, Tensor logvar, MaybeTensor seed, MaybeTensor e
   const auto run = [&](auto type, auto scalar) -> MaybeTensor {
     using T = decltype(type);
     using S = decltype(scalar);
-    MaybeTensor kl, partials, ticket;
+    MaybeTensor kl, partials, counter;
     if (want_kl) {
       kl = launch.empty<S>(1, a.tensors.shape.rows);
       a.kl = kl->mutable_data_ptr();
       if (a.plan.split()) {
-        partials = launch.empty<S>(1, a.plan.shares), ticket = launch.ticket();
-        a.partials = partials->mutable_data_ptr(), a.ticket = static_cast<unsigned*>(ticket->mutable_data_ptr());
+        partials = launch.empty<S>(1, a.plan.shares), a.ticket = launch.ticket(counter);
+        a.partials = partials->mutable_data_ptr();
       }
     }
     launch(seed  ? forward_kernel<T, S, Source::SEED>

@@ -6,6 +6,7 @@
 
 #include <map>
 #include <mutex>
+#include <tuple>
 
 #include "tensors.cuh"
 
@@ -58,6 +59,20 @@ struct Plan {
   FE_FN bool split() const { return chunks > 1; }
 };
 
+// Zero when the library is loaded, and left at zero by every kernel: nothing has to be allocated or zeroed, which a capture
+// would repeat at each replay. Each source file has its own.
+constexpr int TICKETS = 4096;
+static __device__ unsigned tickets[TICKETS];
+
+// The counter by which the blocks of a launch see who is last: one of `tickets`, or of memory of its own.
+struct Ticket {
+  int number = -1;  // none
+  unsigned* memory = nullptr;
+
+  FE_DEVICE explicit operator bool() const { return number >= 0; }
+  FE_DEVICE unsigned* counter() const { return memory ? memory : tickets + number; }
+};
+
 // Makes a tensor's device current, as torch sees it, and knows the stream that torch is on there.
 class Launcher {
  public:
@@ -89,28 +104,28 @@ class Launcher {
     return empty(dims, size, std::is_same_v<S, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
   }
 
-  // A zeroed counter that kernels leave at zero. Launches on one stream follow one another and share one; a captured launch
-  // gets one of its own, which its graph zeroes, since that may be replayed beside anything.
-  Tensor ticket() const {
+  // Launches on one stream follow one another and share a counter. So do those of one capture on one stream; another capture
+  // gets another, since its graph may be replayed beside anything else. Where all are taken, `memory` gets one for this launch.
+  Ticket ticket(MaybeTensor& memory) const {
     cudaStreamCaptureStatus status;
-    STD_CUDA_CHECK(cudaStreamIsCapturing(stream_, &status));
-    if (status != cudaStreamCaptureStatusNone) return zeroed();
-    // Never freed: at the program's end torch's allocator may be gone first.
-    static auto& mutex = *new std::mutex;
-    static auto& tickets = *new std::map<std::pair<int32_t, cudaStream_t>, Tensor>;
-    const std::lock_guard<std::mutex> lock(mutex);
-    const auto key = std::make_pair(device_, stream_);
-    const auto found = tickets.find(key);
-    return found != tickets.end() ? found->second : tickets.emplace(key, zeroed()).first->second;
+    unsigned long long capture = 0;  // what no capture is called
+    STD_CUDA_CHECK(cudaStreamGetCaptureInfo(stream_, &status, &capture));
+    static std::mutex mutex;
+    static std::map<std::tuple<int32_t, cudaStream_t, unsigned long long>, int> taken;
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      const std::tuple key(device_, stream_, status == cudaStreamCaptureStatusNone ? 0 : capture);
+      const auto found = taken.find(key);
+      if (found != taken.end()) return {found->second, nullptr};
+      const int number = static_cast<int>(taken.size());
+      if (number < TICKETS) return {taken.emplace(key, number).first->second, nullptr};
+    }
+    memory = empty(0, 1, aoti_torch_dtype_int32());
+    STD_CUDA_CHECK(cudaMemsetAsync(memory->mutable_data_ptr(), 0, sizeof(unsigned), stream_));
+    return {0, static_cast<unsigned*>(memory->mutable_data_ptr())};
   }
 
  private:
-  Tensor zeroed() const {
-    const Tensor counter = empty(0, 1, aoti_torch_dtype_int32());
-    STD_CUDA_CHECK(cudaMemsetAsync(counter.mutable_data_ptr(), 0, sizeof(int32_t), stream_));
-    return counter;
-  }
-
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;

@@ -19,7 +19,7 @@ struct LikelihoodArguments {
   S log_scale, constant, scale, shift;
   bool levels;                   // in x
   void *nll, *slope, *partials;  // (rows,), (rows,), (2, rows, chunks)
-  unsigned* ticket;
+  Ticket ticket;
 };
 
 struct Sums {
@@ -216,12 +216,12 @@ void run(const Tensor* const (&tensors)[TENSORS], const MaybeTensor& upstream, F
   a.tensors = Operands<TENSORS>(tensors, false, {2, 2, 2, 2, 2, 2, 2, 2});
   a.upstream = Upstream(upstream);
   const ScalarType read_as = prepare(a, tensors[X_HAT]->sizes()[0]);
-  MaybeTensor partials, ticket;
+  MaybeTensor partials, counter;
   if (nll) a.nll = nll->mutable_data_ptr();
   if (slope) a.slope = slope->mutable_data_ptr();
   if (a.plan.split() && (nll || slope)) {
-    partials = launch.empty<S>(1, 2 * a.plan.shares), ticket = launch.ticket();
-    a.partials = partials->mutable_data_ptr(), a.ticket = static_cast<unsigned*>(ticket->mutable_data_ptr());
+    partials = launch.empty<S>(1, 2 * a.plan.shares), a.ticket = launch.ticket(counter);
+    a.partials = partials->mutable_data_ptr();
   }
   with_type_of<S>(
       read_as, [&](auto type) { launch(kernel_of<decltype(type), S>(family, has_extras(a.tensors.views)), a.plan.grid, a); });

@@ -61,8 +61,8 @@ struct ElboArguments {
   double weight, precision, constant;
   void *nll, *kl, *loss, *g_kl;  // (rows,), (rows,), (), ()
   ScalarType g_kl_dtype;
-  void* partials;    // (data blocks + latent blocks,)
-  unsigned* ticket;  // null: there is nothing to add up
+  void* partials;  // (data blocks + latent blocks,)
+  Ticket ticket;   // none: there is nothing to add up
 };
 
 // loss = weight sum_n (nll_n + beta kl_n) with its gradients: data blocks first, then latent blocks, then the last to arrive
@@ -251,7 +251,7 @@ std::tuple<MaybeTensor, Tensor, MaybeTensor> elbo(Tensor x_hat, Tensor x, MaybeT
   a.weight = weight.value_or(1.0), a.precision = precision, a.constant = constant;
   const int64_t blocks = std::max<int64_t>(1, a.data_plan.grid + a.latent_plan.grid);
 
-  std::optional<Tensor> nll, kl_out, loss, partials, ticket;
+  std::optional<Tensor> nll, kl_out, loss, partials, counter;
   with_types(types, float64, [&](auto first, auto second, auto scalar) {
     using S = decltype(scalar);
     nll = launch.empty<S>(1, a.data.shape.rows);
@@ -266,8 +266,8 @@ std::tuple<MaybeTensor, Tensor, MaybeTensor> elbo(Tensor x_hat, Tensor x, MaybeT
     }
     if (g_kl) a.g_kl = g_kl->mutable_data_ptr(), a.g_kl_dtype = dtype_of(*g_kl);
     if (a.loss || a.g_kl || a.data_plan.split() || a.latent_plan.split()) {
-      partials = launch.empty<S>(1, blocks), ticket = launch.ticket();
-      a.partials = partials->mutable_data_ptr(), a.ticket = static_cast<unsigned*>(ticket->mutable_data_ptr());
+      partials = launch.empty<S>(1, blocks), a.ticket = launch.ticket(counter);
+      a.partials = partials->mutable_data_ptr();
     }
     using T = decltype(first);
     using U = decltype(second);

@@ -14,7 +14,7 @@ struct ForwardArguments {
   Model<S> model;
   int64_t samples;                       // 0: none
   void *kl_rows, *log_ratio, *partials;  // (rows,), (samples, rows), (1 + samples, rows, chunks)
-  unsigned* ticket;
+  Ticket ticket;
 };
 
 template <class T, class S>
@@ -243,12 +243,12 @@ void posterior(Tensor mu, Tensor raw, MaybeTensor prior_mean, MaybeTensor prior_
     a.model = model_of<S>(param, min_std, clamp, low, high, free_bits);
     a.samples = z ? z->sizes()[0] : 0;
     const ScalarType read_as = prepare<S>(a, Z, seed, first_index, offset);
-    MaybeTensor partials, ticket;
+    MaybeTensor partials, counter;
     if (kl_rows) a.kl_rows = kl_rows->mutable_data_ptr();
     if (log_ratio) a.log_ratio = log_ratio->mutable_data_ptr();
     if (a.plan.split() && (kl_rows || log_ratio)) {
-      partials = launch.empty<S>(1, (1 + a.samples) * a.tensors.shape.rows * a.plan.chunks), ticket = launch.ticket();
-      a.partials = partials->mutable_data_ptr(), a.ticket = static_cast<unsigned*>(ticket->mutable_data_ptr());
+      partials = launch.empty<S>(1, (1 + a.samples) * a.tensors.shape.rows * a.plan.chunks), a.ticket = launch.ticket(counter);
+      a.partials = partials->mutable_data_ptr();
     }
     with_latents<S>(read_as, [&](auto type) { launch(posterior_kernel<decltype(type), S>, a.plan.grid, a); });
   };

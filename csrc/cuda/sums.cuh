@@ -38,12 +38,12 @@ FE_DEVICE S row_sum(S value, const Plan& plan) {
 }
 
 // True in the last block to get here, which then sees what thread 0 of all others has written.
-FE_DEVICE bool arrive(unsigned* ticket) {
+FE_DEVICE bool arrive(const Ticket& ticket) {
   __shared__ bool last;
   if (threadIdx.x == 0) {
     __threadfence();
     // Wraps around, and so is left at zero.
-    last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
+    last = atomicInc(ticket.counter(), gridDim.x - 1) == gridDim.x - 1;
   }
   __syncthreads();
   if (last) __threadfence();

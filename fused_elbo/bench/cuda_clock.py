@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class CudaClock:
         if reason is None:
             graph = cuda.CUDAGraph()
             try:
-                with cuda.graph(graph, pool=self.pool, stream=self.stream):
+                with _no_garbage(), cuda.graph(graph, pool=self.pool, stream=self.stream):
                     results = []
                     for run in runs:
                         result = run()
@@ -166,6 +167,16 @@ class CudaClock:
         if done.returncode:
             return {"nvidia-smi": (done.stdout + done.stderr).strip()}
         return dict(zip(fields, (value.strip() for value in done.stdout.strip().split(",")), strict=False))
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Inside, no garbage is collected: to free what it holds (a kernel, say) may be what a capture forbids."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class EventTimer:

@@ -162,7 +162,8 @@ def measure(
 def copy_bandwidth(clock: Clock) -> dict[str, Any]:
     """What a copy moves, in GB/s of what it reads and writes: the rate that everything else is a share of."""
     elements = min(clock.copy_bytes, int(clock.free_bytes() or 2**40) // 16) // 4
-    x = torch.zeros(elements, device=clock.device)
+    # Not zeros, which cost a memory less to move.
+    x = torch.rand(elements, device=clock.device)
     timed = clock.prepare([copy().bind(Inputs((x,), ()))], eager=None, fill=False)
     passes = math.ceil(TURN_SECONDS / timed.seconds(1))
     rates = [2e-9 * passes * x.nbytes / timed.seconds(passes) for _ in range(COPY_ROUNDS)]

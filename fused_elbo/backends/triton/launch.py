@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -128,32 +130,58 @@ def options(kernel: str, dtype: torch.dtype) -> dict[str, int]:
 class Tickets:
     """Zeroed counters, one for each launch that can be in flight; a kernel leaves its counter at zero.
 
-    Launches on one stream follow one another and share one. A captured launch gets one of its own, since its graph may be
-    replayed beside anything.
+    Launches on one stream follow one another and share one. So do those of one capture on one stream; another capture gets
+    another, since its graph may be replayed beside anything else.
     """
 
     SLAB = 1024
+    # Triton compiles a kernel anew for a pointer that is aligned to this many bytes and for one that is not, and what is
+    # compiled during a capture cannot be loaded: counters are all aligned.
+    ALIGNMENT = 16
 
     def __init__(self) -> None:
-        self._by_stream: dict[tuple[torch.device, int], Tensor] = {}
+        self._taken: dict[tuple[torch.device, int, int], Tensor] = {}
         self._fresh: dict[torch.device, list[Tensor]] = {}
 
     def take(self, device: torch.device) -> Tensor:
+        """The counter for a launch on ``device``, which is the current one."""
         if device.type != "cuda":
             # Interpreted, a launch that raised would leave its counter where it stopped.
             return torch.zeros((), dtype=torch.int32, device=device)
-        if torch.cuda.is_current_stream_capturing():
-            fresh = self._fresh.get(device)
-            # In a capture even zeroing would be captured, so a slab that ran out costs the graph a memset.
-            return fresh.pop() if fresh else torch.zeros((), dtype=torch.int32, device=device)
-        key = (device, torch.cuda.current_stream(device).cuda_stream)
-        if key not in self._by_stream:
+        stream = torch.cuda.current_stream(device).cuda_stream
+        capture = _capture(stream) if torch.cuda.is_current_stream_capturing() else 0
+        key = (device, stream, capture)
+        if key not in self._taken:
             if not self._fresh.get(device):
-                self._fresh[device] = list(torch.zeros(self.SLAB, dtype=torch.int32, device=device).unbind())
-                # Once in 1024 tickets: other streams may be handed these before this one has come to zero them.
-                torch.cuda.current_stream(device).synchronize()
-            self._by_stream[key] = self._fresh[device].pop()
-        return self._by_stream[key]
+                if capture:
+                    # Even zeroing is captured: a slab that ran out costs the graph a memset.
+                    return torch.zeros((), dtype=torch.int32, device=device)
+                # By another thread, since what this one allocates torch may be told to take from the memory of its graphs.
+                with ThreadPoolExecutor(1) as pool:
+                    self._fresh[device] = pool.submit(self._slab, device).result()
+            self._taken[key] = self._fresh[device].pop()
+        return self._taken[key]
+
+    @classmethod
+    def _slab(cls, device: torch.device) -> list[Tensor]:
+        dtype = torch.int32
+        slab = torch.zeros((cls.SLAB, cls.ALIGNMENT // dtype.itemsize), dtype=dtype, device=device)
+        if device.type == "cuda":
+            # Once in so many tickets: other streams may be handed these before this one has come to zero them.
+            torch.cuda.current_stream(device).synchronize()
+        return list(slab[:, 0].unbind())
+
+
+def _capture(stream: int) -> int:
+    """The number of the capture that a stream is part of, unique in the process."""
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    # CUDA Driver API, "Stream Management"; this version is in all drivers from 11.3 on.
+    error = ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2(
+        ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
+    )
+    if error:
+        raise RuntimeError(f"cuStreamGetCaptureInfo_v2: CUDA error {error}")
+    return number.value
 
 
 tickets = Tickets()
