@@ -196,10 +196,12 @@ def test_an_item_that_takes_too_long_is_cut_short(tmp_path, monkeypatch):
     assert {peer["left_out"] for peer in content["items"][0]["peers"].values()} == {"the item's 0 s were over"}
 
 
-def test_the_specification_is_left_out_where_it_would_take_long():
-    large = Item("nll", data=(1, peers.SPECIFICATION_ELEMENTS + 1))
-    small = Item("nll", data=(1, peers.SPECIFICATION_ELEMENTS))
-    assert [list(peers.left_out(item, "cuda", ["native", "reference"], ())) for item in (large, small)] == [["reference"], []]
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_the_specification_is_left_out_where_it_would_take_long(device_type):
+    most = peers.SPECIFICATION_ELEMENTS[device_type]
+    large, small = (Item("nll", data=(1, count)) for count in (most + 1, most))
+    found = [list(peers.left_out(item, device_type, ["native", "reference"], ())) for item in (large, small)]
+    assert found == [["reference"], []]
 
 
 def test_inductor_switches_are_those_of_this_torch():
