@@ -71,6 +71,8 @@ requested._dynamo_marked_constant = True
 def backend(name: str) -> Iterator[None]:
     """Run the operations of a ``with`` block, and their backward passes, on one backend.
 
+    What was compiled has no such memory: its backward runs on the backend that is asked for where it runs.
+
     Args:
         name: "native", "triton" or "reference".
 
