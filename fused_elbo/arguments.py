@@ -62,7 +62,7 @@ def latent(mu: object, logvar: object, chunk_dim: object) -> tuple[Tensor, Tenso
         return mu, like("logvar", logvar, "mu", mu), 0
     if chunk_dim is None:
         raise ValueError("logvar: got None, takes a tensor like mu; or pass packed moments as mu and chunk_dim=")
-    if not isinstance(chunk_dim, int) or not -mu.dim() <= chunk_dim < mu.dim() or chunk_dim % mu.dim() == 0:
+    if not isinstance(chunk_dim, (int, torch.SymInt)) or not -mu.dim() <= chunk_dim < mu.dim() or chunk_dim % mu.dim() == 0:
         raise ValueError(
             f"chunk_dim: got {chunk_dim!r}, takes a dimension of the moments {tuple(mu.shape)} other than the batch's"
         )
@@ -70,7 +70,7 @@ def latent(mu: object, logvar: object, chunk_dim: object) -> tuple[Tensor, Tenso
         raise ValueError(
             f"mu: got packed moments of shape {tuple(mu.shape)}, takes an even size in dimension chunk_dim={chunk_dim}"
         )
-    return mu, None, chunk_dim
+    return mu, None, int(chunk_dim)
 
 
 def scalar(name: str, value: object, other_name: str, other: Tensor) -> float | Tensor:
@@ -110,7 +110,7 @@ def number(name: str, value: object) -> float:
     # To ask an abstract class takes 0.4 us.
     if type(value) is float:
         return value
-    if not isinstance(value, (Real, torch.SymFloat)):
+    if not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: got {kind(value)}, takes a float")
     return float(value)
 
@@ -160,7 +160,7 @@ def broadcastable(name: str, value: Tensor, other_name: str, other: Tensor) -> T
     """``value`` with as many dimensions as ``other``, to which it broadcasts."""
     on_device(name, value, other_name, other)
     missing = other.dim() - value.dim()
-    if missing < 0 or any(size not in (1, full) for size, full in zip(value.shape, other.shape[missing:], strict=True)):
+    if missing < 0 or any(size != 1 and size != full for size, full in zip(value.shape, other.shape[missing:], strict=True)):
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)}, takes one that broadcasts to that of {other_name}, {tuple(other.shape)}"
         )
@@ -180,7 +180,7 @@ def leading(name: str, value: Tensor, other_name: str, other: Tensor) -> Tensor:
     on_device(name, value, other_name, other)
     if 0 < value.dim() <= other.dim():
         value = value[(..., *(None,) * (other.dim() - value.dim()))]
-        if all(size in (1, full) for size, full in zip(value.shape, other.shape, strict=True)):
+        if all(size == 1 or size == full for size, full in zip(value.shape, other.shape, strict=True)):
             return value
     raise ValueError(
         f"{name}: got shape {tuple(value.shape)}, takes leading dimensions of {other_name}, or all of them, each in full or 1: "
@@ -202,10 +202,11 @@ def batch_dims(value: object, other_name: str, other: Tensor) -> tuple[int, ...]
     dims = (value,) if isinstance(value, int) else value
     if not isinstance(dims, (tuple, list)) or not all(isinstance(d, int) and -other.dim() <= d < other.dim() for d in dims):
         raise ValueError(f"batch_dims: got {value!r}, takes dimensions of {other_name}, which has {other.dim()}")
-    dims = tuple(sorted(d % other.dim() for d in dims))
-    if dims[:1] != (0,) or len(set(dims)) < len(dims):
+    # A compiler compares its symbols with numbers, but does not sort them.
+    found = tuple(k for k in range(other.dim()) if any(d % other.dim() == k for d in dims))
+    if found[:1] != (0,) or len(found) < len(dims):
         raise ValueError(f"batch_dims: got {value!r}, takes different dimensions, with 0 among them")
-    return dims
+    return found
 
 
 def process_group(value: object) -> torch.distributed.ProcessGroup | None:

@@ -19,8 +19,9 @@ class GaussianLatent(torch.nn.Module):
     Args:
         chunk_dim: for an encoder that returns packed moments: ``z, kl = latent(moments)``. Default None: two tensors.
         generator: source of the seeds. Default torch's own.
-        num_samples, batch_dims, **posterior: as for ``fused_elbo.rsample_kl``. A prior that is computed anew in each step,
-            and a mask, go to the call.
+        num_samples, batch_dims, **posterior: as for ``fused_elbo.rsample_kl``. The tensors of a prior become the module's
+            ``prior_mean`` and ``prior_raw``: parameters if they are that, else buffers that are not in its state. A prior
+            that is computed anew in each step, and a mask, go to the call.
     """
 
     def __init__(
@@ -38,6 +39,16 @@ class GaussianLatent(torch.nn.Module):
         self.num_samples = num_samples
         self.batch_dims = batch_dims
         self.posterior = posterior
+        prior = posterior.get("prior")
+        # Whatever else it may be is refused by the call, which names it.
+        self.has_prior = type(prior) in (tuple, list) and [t is None or isinstance(t, Tensor) for t in prior] == [True, True]
+        if self.has_prior:
+            # What a dictionary holds is not trained, moved or saved with a module.
+            for name, t in zip(("prior_mean", "prior_raw"), posterior.pop("prior"), strict=True):
+                if isinstance(t, torch.nn.Parameter):
+                    self.register_parameter(name, t)
+                else:
+                    self.register_buffer(name, t, persistent=False)
 
     def forward(
         self,
@@ -52,6 +63,8 @@ class GaussianLatent(torch.nn.Module):
         **posterior: Unpack[PosteriorOptions],
     ) -> LatentSample:
         """Arguments, results and errors of ``fused_elbo.rsample_kl``."""
+        if self.has_prior:
+            posterior = {"prior": (self.prior_mean, self.prior_raw), **posterior}
         return functional.rsample_kl(
             mu,
             logvar,
@@ -69,7 +82,8 @@ class GaussianLatent(torch.nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return ", ".join((f"chunk_dim={self.chunk_dim}", *_described(self.posterior)))
+        prior = ("prior=tensors",) if self.has_prior else ()
+        return ", ".join((f"chunk_dim={self.chunk_dim}", *prior, *_described(self.posterior)))
 
 
 class ELBOLoss(torch.nn.Module):
@@ -180,7 +194,7 @@ class LinearGaussianHead(torch.nn.Module):
         self.reduction = reduction
         self.chunk_size = chunk_size
         self.chosen = likelihood
-        self.log_sigma = _parameter(log_sigma)
+        self.log_sigma = _parameter(log_sigma, layer.weight)
 
     def reset_parameters(self) -> None:
         """Draw weight and bias anew, as torch.nn.Linear does."""
@@ -211,8 +225,12 @@ class LinearGaussianHead(torch.nn.Module):
         return ", ".join((*shown, *_reduced(self)))
 
 
-def _parameter(log_sigma: float | Tensor | None) -> Tensor | None:
-    return torch.nn.Parameter(torch.tensor(log_sigma)) if isinstance(log_sigma, float) else log_sigma
+def _parameter(log_sigma: float | Tensor | None, like: Tensor | None = None) -> Tensor | None:
+    """``log_sigma``, or where it is a number, a parameter of the device and dtype of ``like``."""
+    if not isinstance(log_sigma, (int, float)):
+        return log_sigma
+    kind = {} if like is None else {"device": like.device, "dtype": like.dtype}
+    return torch.nn.Parameter(torch.tensor(float(log_sigma), **kind))
 
 
 def _reduced(loss: ELBOLoss | LinearGaussianHead) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ def elbo(
         kl = arguments.per_sample("kl", kl, "x_hat", x_hat)
     # The defaults need no check, and a check takes longer than to see that.
     # A compiler's symbol stands for a weight that changes: as a number it would be that of this call alone.
-    if type(beta) is not float and not isinstance(beta, torch.SymFloat):
+    if type(beta) is not float and not isinstance(beta, (torch.SymFloat, torch.SymInt)):
         beta = arguments.scalar("beta", beta, "x_hat", x_hat)
     if type(grad_scale) is not float:
         grad_scale = arguments.grad_scale(grad_scale, x_hat)
@@ -91,9 +91,11 @@ def _composed(
     else:
         spec = Likelihood(log_scale=math.log(likelihood.sigma), full=likelihood.full)
         nll = routes.nll(x_hat.unsqueeze(1), x.unsqueeze(1), None, None, None, spec).squeeze(1)
+    dtype = compute_dtype(x_hat, x, mu, logvar, kl)
+    nll = nll.to(dtype)
     if mu is not None:
-        kl = latent(mu, logvar, chunk_dim, want_kl=True)[1]
-    terms = nll if kl is None else nll + beta * kl.to(nll.dtype)
+        kl = latent(mu, logvar, chunk_dim, want_kl=True)[1].to(dtype)
+    terms = nll if kl is None else nll + beta * kl.to(dtype)
     return terms if weight is None else weight * terms.sum(), nll, kl
 
 
@@ -149,7 +151,7 @@ def _latent_operator(
             wide = compute_dtype(mu, logvar) == torch.float64
             eps = operators.normals(seed, mu.shape, first_index, signed(offset), wide)
         z = None if eps is None else reference.reparameterize(mu, logvar, eps)
-        return z, reference.kl_divergence(mu, logvar, Excess.apply) if want_kl else None
+        return z, _exact_kl(mu, logvar) if want_kl else None
     if routes.compiled(mu, logvar, seed, eps):
         z, kl = operators.latent(mu, logvar, seed, eps, chunk_dim, first_index, signed(offset), want_kl)
         return None if seed is None and eps is None else z, kl if want_kl else None
@@ -157,6 +159,12 @@ def _latent_operator(
     call = PosteriorCall(Posterior(), None, chunk_dim, first_index, offset, want_kl="rows" if want_kl else None)
     z, kl, _ = routes.posterior(mu, logvar, None, None, seed, eps, call, _shard)
     return None if z is None else z.squeeze(0), kl
+
+
+# Read by a compiler for which numbers are symbols, the second call of a Function in one graph is an error of its own.
+@routes.unread()
+def _exact_kl(mu: Tensor, logvar: Tensor) -> Tensor:
+    return reference.kl_divergence(mu, logvar, Excess.apply)
 
 
 def _shard(

@@ -36,7 +36,8 @@ _wholes: list[Callable[..., Any]] = []
 
 
 def unread(*names: str) -> Callable[[_Function], _Function]:
-    """A decorator: a compiler takes a call without keywords but ``names`` into its graph as it is, and never reads the lines.
+    """A decorator: a compiler takes a call into its graph as it is, and never reads the function's lines, if the keywords that
+    do not have their default value are among ``names``.
 
     It would guard every default, global and builtin that they read, in each call of what it compiled: some 200 guards, which
     take longer than the formulas of a small batch.
@@ -44,22 +45,37 @@ def unread(*names: str) -> Callable[[_Function], _Function]:
     known = frozenset(names)
 
     def decorate(function: _Function) -> _Function:
+        defaults = function.__kwdefaults__ or {}
+
         # Marks are for good, and calls with other keywords need a function without.
         def whole(*args: Any, **kwargs: Any) -> Any:
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except (TypeError, ValueError) as error:
+                # This makes a compiler leave the call to eager code, which raises the error itself or can take what a graph
+                # cannot (a number of NumPy's).
+                if any(isinstance(a, FakeTensor) for a in (*args, *kwargs.values())):
+                    raise NotImplementedError(str(error)) from error
+                raise
 
         _wholes.append(whole)
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if UNREAD and torch.compiler.is_dynamo_compiling() and known.issuperset(kwargs):
-                _take_whole()
-                return whole(*args, **kwargs)
+            if UNREAD and torch.compiler.is_dynamo_compiling():
+                chosen = {k: v for k, v in kwargs.items() if not (k in defaults and _same(v, defaults[k]))}
+                if known.issuperset(chosen):
+                    _take_whole()
+                    return whole(*args, **chosen)
             return function(*args, **kwargs)
 
         return call
 
     return decorate
+
+
+def _same(value: object, default: object) -> bool:
+    return value is None if default is None else type(value) is type(default) and value == default
 
 
 def _take_whole() -> None:

@@ -55,7 +55,7 @@ def noise(
 
 def seed_of(mu: Tensor, seed: int | Tensor | None, generator: torch.Generator | None) -> Tensor:
     if seed is None:
-        if generator is None and torch.compiler.is_compiling():
+        if generator is None and torch.compiler.is_compiling() and not _mapped():
             # A compiler puts random numbers of its own in torch's place; an operator draws what eager code draws. Two calls
             # with the same arguments it would make one, whatever their tags say: nothing but empty tensors is never the same.
             return torch.ops.fused_elbo.draw_seed.default(torch.empty(0, device=mu.device))
@@ -73,3 +73,13 @@ def seed_of(mu: Tensor, seed: int | Tensor | None, generator: torch.Generator | 
         raise ValueError(f"seed: got {seed}, takes 64 bits")
     signed = seed - 2**64 if seed >= 2**63 else seed
     return torch.full((), signed, dtype=torch.int64, device=mu.device)
+
+
+def _mapped() -> bool:
+    """Whether ``torch.func.vmap`` is active: it gives torch's own draws its ``randomness``, an operator's none."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
+# A compiler that traces a call has the transforms active, but cannot look at them.
+_mapped._dynamo_marked_constant = True

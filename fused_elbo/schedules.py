@@ -105,7 +105,8 @@ class Cyclical(Schedule):
     def at(self, step: int) -> float:
         if self.cycles is not None and step >= self.cycles * self.period:
             return self.end
-        position = step % self.period / self.period
+        # Not by %, which a compiler for which the step is a symbol cannot divide.
+        position = (step - step // self.period * self.period) / self.period
         return self.start + (self.end - self.start) * min(1.0, position / self.ratio)
 
 

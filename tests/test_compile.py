@@ -132,6 +132,73 @@ def test_the_place_of_the_noise_may_change(device, place):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize(
+    ("function", "name", "shapes"),
+    [
+        (fe.elbo_loss, "beta", 4),
+        (fe.elbo_loss, "sigma", 4),
+        (fe.elbo_loss, "grad_scale", 4),
+        (fe.kl_divergence, "chunk_dim", 1),
+        (fe.kl_divergence, "batch_dims", 2),
+    ],
+    ids=("beta", "sigma", "grad_scale", "chunk_dim", "batch_dims"),
+)
+def test_whole_numbers_may_change(function, name, shapes):
+    tensors = [oracle.randn(4, 2, 2, 2, seed=k) for k in range(shapes)]
+
+    def call(n):
+        given = {"batch_dims": (0, n), "reduction": "none"} if name == "batch_dims" else {name: n}
+        return function(*tensors, **given)
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for n in (3, 2, 1):
+        torch.testing.assert_close(compiled(n), call(n))
+
+
+def test_two_layers_of_any_batch():
+    layers = fe.nn.GaussianLatent(), fe.nn.GaussianLatent()
+
+    def forward(moments, seed):
+        z = layers[0](moments, moments, seed=seed).z
+        return layers[1](z, z, seed=seed).kl
+
+    inputs = oracle.leaf(oracle.randn(3, 4)), torch.tensor(5)
+    compiled = torch.compile(forward, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(*inputs), forward(*inputs))
+
+
+def test_a_parameter_beside_any_batch():
+    loss, x = fe.nn.ELBOLoss(log_sigma=torch.nn.Parameter(torch.zeros(4))), oracle.randn(3, 4)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(x, 2 * x, kl=x.sum(1)), loss(x, 2 * x, kl=x.sum(1)))
+
+
+def test_modules_are_taken_unread():
+    """They pass every keyword on, also those that nobody gave."""
+    model, x = Model(), oracle.randn(16, 12)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(x)
+    (entry,) = torch._dynamo.eval_frame._debug_get_cache_entry_list(Model.forward.__code__)
+    read = "__import_fused_elbo_dot_plain" in str(entry.guard_manager)
+    assert read == (not routes.UNREAD)
+
+
+def test_errors_are_those_of_eager_code():
+    compiled = torch.compile(lambda a, b: fe.gaussian_nll(a, b), backend="aot_eager")
+    with pytest.raises(ValueError, match=r"^x: got shape \(3, 5\)"):
+        compiled(oracle.randn(3, 4), oracle.randn(3, 5))
+
+
+@pytest.mark.parametrize("wide", ["kl", "mu"])
+def test_terms_of_several_dtypes(wide):
+    x, latents = oracle.randn(3, 4), oracle.randn(3, 4, dtype=torch.float64)
+    given = {"kl": latents.sum(1)} if wide == "kl" else {"mu": latents, "logvar": latents}
+    right = fe.elbo_loss(x, 2 * x, **given)
+    found = torch.compile(lambda a: fe.elbo_loss(a, 2 * a, **given), backend="aot_eager")(x)
+    assert [t.dtype for t in found] == [t.dtype for t in right]
+    torch.testing.assert_close(found, right)
+
+
 def test_the_noise_is_new_in_every_call(device):
     compiled = torch.compile(lambda m: fe.reparameterize(m, m), backend="aot_eager", fullgraph=True)
     mu = torch.zeros(3, 4, device=device)
@@ -158,6 +225,23 @@ def test_two_samples_of_one_posterior_are_two(device, options, compiler):
     assert not torch.equal(found[0], found[1])
     for mine, eager in zip(*(oracle.grads(t.square().sum(), leaves) for t in (found, right)), strict=True):
         torch.testing.assert_close(mine, eager)
+
+
+@pytest.mark.parametrize("randomness", ["different", "error"])
+def test_randomness_of_vmap(device, randomness):
+    def draw(mu):
+        return torch.func.vmap(lambda m: fe.reparameterize(m, m), randomness=randomness)(mu)
+
+    mu, compiled = torch.zeros(5, 2, 3, device=device), torch.compile(draw, backend="aot_eager", fullgraph=True)
+    if randomness == "error":
+        with pytest.raises(RuntimeError, match="called random operation"):
+            compiled(mu)
+        return
+    torch.manual_seed(3)
+    found = compiled(mu)
+    torch.manual_seed(3)
+    torch.testing.assert_close(found, draw(mu))
+    assert not torch.equal(found[0], found[1])
 
 
 def test_compiled_autograd(device):

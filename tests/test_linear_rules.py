@@ -336,6 +336,8 @@ def test_module(device):
     learned = fe.nn.LinearGaussianHead(4, 12, log_sigma=-0.5, device=device)
     learned(h, x).backward()
     assert {name for name, p in learned.named_parameters() if p.grad is not None} == {"weight", "bias", "log_sigma"}
+    wide = fe.nn.LinearGaussianHead(4, 12, log_sigma=0, device="meta", dtype=torch.float64)
+    assert {(p.dtype, p.device.type) for p in wide.parameters()} == {(torch.float64, "meta")}
     assert "in_features=4, out_features=12, bias=True, sigma=0.5" in repr(head)
     assert "activation='sigmoid'" in repr(head)
     torch.manual_seed(3)

@@ -280,3 +280,19 @@ def test_modules_take_the_options(backend):
     assert loss.log_sigma.grad is not None
     assert "capacity=2.0" in repr(loss)
     assert "param='softplus'" in repr(latent)
+
+
+def test_a_prior_is_part_of_its_module():
+    mean, scale = torch.nn.Parameter(oracle.randn(4, seed=5)), oracle.randn(4, seed=6)
+    mu, raw = (oracle.randn(3, 4, seed=k).double() for k in (3, 4))
+    latent = fe.nn.GaussianLatent(param="log_std", prior=(mean, scale)).double()
+    assert [name for name, _ in latent.named_parameters()] == list(latent.state_dict()) == ["prior_mean"]
+    kl = latent(mu, raw, seed=2).kl
+    assert torch.equal(kl, fe.rsample_kl(mu, raw, seed=2, param="log_std", prior=(mean, scale.double())).kl)
+    kl.sum().backward()
+    assert latent.prior_mean.grad is not None
+    assert torch.equal(latent(mu, raw, prior=(mu, raw)).kl, torch.zeros(3).double())
+    with pytest.raises(ValueError, match=r"^prior\[0\]: got shape"):
+        fe.nn.GaussianLatent(prior=(torch.zeros(5), None))(mu, raw)
+    with pytest.raises(TypeError, match=r"^prior: got"):
+        fe.nn.GaussianLatent(prior=(mean,))(mu, raw)

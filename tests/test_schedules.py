@@ -23,6 +23,14 @@ def test_cyclical():
     assert [Cyclical(2, ratio=1.0, start=1.0, end=0.0).at(step) for step in range(4)] == [1.0, 0.5, 1.0, 0.5]
 
 
+def test_a_compiler_takes_a_step_as_a_symbol():
+    schedule, one = Cyclical(7, cycles=1), torch.ones(())
+    compiled = torch.compile(lambda t: t * schedule.value, backend="aot_eager", fullgraph=True)
+    for _ in range(9):
+        torch.testing.assert_close(compiled(one), one * schedule.value)
+        schedule.step()
+
+
 @pytest.mark.parametrize("make", [lambda: Warmup(10), lambda: Cyclical(7, cycles=3)], ids=("warmup", "cyclical"))
 def test_a_checkpoint_goes_on_where_it_was(make):
     first, second = make(), make()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..spec import LAST_LEVEL, DataGradients, Likelihood, compute_dtype
+from ..spec import LAST_LEVEL, DataGradients, Likelihood, compute_dtype, constant_of
 
 
 def element_nll(x_hat: Tensor, x: Tensor, log_scale: Tensor, spec: Likelihood) -> Tensor:
@@ -39,7 +39,7 @@ def element_nll(x_hat: Tensor, x: Tensor, log_scale: Tensor, spec: Likelihood) -
         return -(torch.where(last, zero, below) + torch.where(first, zero, above) + torch.where(first | last, zero, inside))
     residual = (y - x) * precision
     value = residual.abs() if spec.family == "laplace" else 0.5 * residual * residual
-    return value + log_scale + spec.constant
+    return value + log_scale + constant_of(spec.family, spec.full)
 
 
 def element_gradients(x_hat: Tensor, x: Tensor, log_scale: Tensor, spec: Likelihood) -> tuple[Tensor, Tensor, Tensor]:
