@@ -14,7 +14,7 @@ ELSEWHERE := native_library native_codegen compile operators func amp
 NATIVE_TESTS := FUSED_ELBO_REQUIRE_BACKENDS=native $(BIN)/python -m pytest -n auto -k native $(ELSEWHERE:%=--ignore tests/test_%.py)
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 
-.PHONY: demo test codegen instruction-sets cpu-library build wheel sanitize lint docs format check doctor bench microbench clean
+.PHONY: demo test codegen instruction-sets cpu-library build wheel sanitize lint docs format check doctor bench microbench gpu clean
 
 # The libraries are built by rules of their own.
 $(READY): export FUSED_ELBO_BUILD = 0
@@ -93,6 +93,17 @@ bench: build
 # Stored in .benchmarks, and compared with the last run that was.
 microbench: build
 	$(BIN)/python -m pytest benchmarks --benchmark-autosave $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare)
+
+# All that a GPU can show, what would fail first in front: kernels under compute-sanitizer, the tests, the benchmark, into RUNS.
+gpu: export FUSED_ELBO_REQUIRE_BACKENDS = native triton
+gpu: build
+	mkdir -p $(RUNS)
+	$(BIN)/python -m fused_elbo doctor
+	$(BIN)/python -m pytest tests/test_cuda.py
+	for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool $(BIN)/python -m benchmarks.every_kernel || exit 1; done
+	$(BIN)/python -m pytest -n auto
+	$(MAKE) bench
 
 clean:
 	rm -rf $(VENV) build dist fused_elbo/lib .pytest_cache .ruff_cache .hypothesis *.egg-info

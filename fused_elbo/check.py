@@ -15,6 +15,7 @@ from torch.autograd.gradcheck import GradcheckError
 
 from . import accuracy, codegen, functional, ops, reference
 from .cases import Operation, draw, operations
+from .codegen.hardware import GPUS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SEED = 20140501
@@ -144,10 +145,13 @@ def _record(result: Result, error: Tensor, bound: Tensor, what: str) -> None:
 
 
 def _codegen(echo: Callable[[str], None]) -> int:
-    """Compile the Triton kernels for GPUs that need not be here; 1 if any is over its budget, or should be read and is not."""
+    """Compile the Triton kernels for this GPU, else for all; 1 if one is over its budget, or is not read and should be."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "fused_elbo.codegen", "--only", "triton"]
-    echo("Machine code of the Triton kernels, compiled for GPUs that need not be here")
+    here = 10 * torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else None
+    if here in GPUS:
+        command += ["--gpu", str(here)]
+    echo(f"Machine code of the Triton kernels, compiled for {'this GPU' if here in GPUS else 'GPUs that need not be here'}")
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout:
             echo(line.rstrip())

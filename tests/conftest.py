@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 
@@ -44,6 +45,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def on_device(device):
+    """Tensors are made on the device where nothing else is said."""
+    with contextlib.nullcontext() if device.type == "cpu" else device:
+        yield
+
+
 @pytest.fixture(params=("reference", "native", "triton"))
 def backend(request, device):
     """The name of the backend that runs the test's operations."""
@@ -81,12 +89,13 @@ def small_launches(request, backend, monkeypatch):
 
 
 @pytest.fixture
-def every(interpreted):
+def every(backend):
     """``every(strategy)(check)`` calls ``check`` with examples of the strategy, as many as the backend has time for."""
 
     def decorate(strategy):
         def run(check):
-            settings = hypothesis.settings(max_examples=12 if interpreted else 60)
+            # Triton takes its time for each, to interpret a kernel or to compile one.
+            settings = hypothesis.settings(max_examples=12 if backend == "triton" else 60)
             settings(hypothesis.given(strategy)(check))()
 
         return run

@@ -20,10 +20,11 @@ from fused_elbo import accuracy
 MPMATH_DIGITS = 50
 
 
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: Any = "cpu", scale: float = 1.0) -> Tensor:
-    """The same normals on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(shape, generator=generator)).to(dtype).to(device)
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: Any = None, scale: float = 1.0) -> Tensor:
+    """The same normals on every device, by default torch's own default."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    normals = scale * torch.randn(shape, generator=generator, device="cpu")
+    return normals.to(dtype).to(torch.get_default_device() if device is None else device)
 
 
 def leaf(t: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fused_elbo import check, codegen, ops
 from fused_elbo.codegen import __main__ as command
@@ -136,7 +137,7 @@ def test_a_proposal_is_kept_by_what_it_was_made_of():
 
 @pytest.mark.parametrize(("row", "code"), [(ROW, 0), (ROW._replace(registers=97), codegen.OVER_BUDGET)])
 def test_the_command_fails_where_a_kernel_is_over_its_budget(monkeypatch, tmp_path, capsys, row, code):
-    monkeypatch.setattr(command, "COMPILERS", {"triton": lambda: (budgets.VERSIONS["triton"], iter([row]))})
+    monkeypatch.setattr(command, "COMPILERS", {"triton": lambda gpus: (budgets.VERSIONS["triton"], iter([row]))})
     assert command.main(["--json", str(tmp_path / "rows.json")]) == code
     assert f"1 read, {code} over budget" in capsys.readouterr().out
     (record,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
@@ -149,6 +150,29 @@ def test_the_command_says_what_it_could_not_read(monkeypatch, tmp_path, capsys):
     assert re.search(r"nvcc: not run: there is no \S+cuda\.so", capsys.readouterr().out)
 
 
+def test_one_gpu_alone(monkeypatch, tmp_path):
+    rows = [ROW._replace(architecture=a) for a in hardware.GPUS]
+    monkeypatch.setattr(command.native_kernels, "inspect", lambda path, tools: iter(rows))
+    monkeypatch.setattr(command.native_kernels, "compiler", lambda path: "some")
+    monkeypatch.setattr(command.library, "problem", lambda path: None)
+    monkeypatch.setattr(command.library, "location", lambda device: tmp_path)
+    assert [row.architecture for row in command._nvcc([90])[1]] == [90]
+
+
+def checked(monkeypatch, code: int) -> tuple[int, list[str], list[str]]:
+    """What ``check`` makes of an exit code of the table's command: failures, lines, and the command."""
+    script, started = f"print('a row'); raise SystemExit({code})", subprocess.Popen
+    lines: list[str] = []
+    commands: list[list[str]] = []
+
+    def start(command, **options):
+        commands.append(command)
+        return started([sys.executable, "-c", script], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return check._codegen(lines.append), lines, commands[0]
+
+
 @pytest.mark.parametrize(
     ("code", "reason", "failures"),
     [
@@ -159,13 +183,18 @@ def test_the_command_says_what_it_could_not_read(monkeypatch, tmp_path, capsys):
     ],
 )
 def test_check_prints_the_table_and_counts_its_failure(monkeypatch, code, reason, failures):
-    script = f"print('a row'); raise SystemExit({code})"
-    started = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: started([sys.executable, "-c", script], **options))
     monkeypatch.setattr(ops, "unavailable", lambda name, device: reason)
-    lines: list[str] = []
-    assert check._codegen(lines.append) == failures
+    found, lines, _ = checked(monkeypatch, code)
+    assert found == failures
     assert lines[-1] == "a row"
+
+
+@pytest.mark.parametrize(("capability", "asked"), [((9, 0), ["--gpu", "90"]), ((8, 9), ["--gpu", "80"]), ((12, 0), [])])
+def test_check_reads_what_is_compiled_for_the_gpu_that_is_here(monkeypatch, capability, asked):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    made = checked(monkeypatch, 0)[2]
+    assert made[made.index("triton") + 1 :] == asked
 
 
 def test_which_side_bounds_a_kernel():

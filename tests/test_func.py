@@ -9,6 +9,8 @@ from torch.autograd import forward_ad
 
 import fused_elbo as fe
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 SHAPE = (3, 4)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import oracle
 import pytest
@@ -32,6 +34,16 @@ def outputs(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
         upstream = torch.linspace(0.5, 2, shape[0]).to(classic.loss.dtype)
         grads = torch.autograd.grad((z.sum(), terms.loss * 1.7, (classic.loss * upstream).sum()), leaves)
     return [t.detach() for t in (z, kl, *terms, *classic, *grads)]
+
+
+def test_what_is_watched_for_faults(monkeypatch, capsys, one_thread):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    every_kernel = importlib.import_module("benchmarks.every_kernel")
+    every_kernel.main()
+    assert capsys.readouterr().out.startswith("every native kernel ran on")
+    monkeypatch.setattr(every_kernel, "ROUGHLY", {torch.float32: 0.0})
+    with pytest.raises(SystemExit, match="off by"):
+        every_kernel.main()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

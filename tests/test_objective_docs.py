@@ -16,6 +16,8 @@ from torch.distributions import Laplace
 import fused_elbo as fe
 from fused_elbo.options import ELBO_NAMES
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 DOCUMENT = (Path(__file__).parents[1] / "docs/objective.md").read_text()
 N, C, H, W, LATENTS, K = 3, 2, 3, 5, 4, 3
 SHAPES = {

@@ -13,6 +13,8 @@ from tolerances import FLOATS
 import fused_elbo as fe
 from fused_elbo import ops
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 SHAPE = (3, 4, 2, 5)
 OPTIONS = {
     "bernoulli": {"likelihood": "bernoulli"},
@@ -104,9 +106,15 @@ def test_log_sigma_of_any_shape(backend, shape, dtype):
         assert_close(mine.grad, right.grad, dtype)
 
 
+def there(options):
+    """Options that were made before a test, on its device."""
+    return {name: v.to(torch.get_default_device()) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
+
+
 @pytest.mark.parametrize("options", [{}, {"log_sigma": torch.zeros((), requires_grad=True)}], ids=("fixed", "learned"))
 def test_the_gradient_is_made_in_the_forward_pass(backend, monkeypatch, options):
-    made = spies.counted(monkeypatch, torch.device("cpu"), ("likelihood", "rescale_"))
+    options = there(options)
+    made = spies.counted(monkeypatch, torch.get_default_device(), ("likelihood", "rescale_"))
     x_hat, x = inputs()
     loss = fe.nll(x_hat.requires_grad_(), x, likelihood="laplace", **options)
     assert made == ["likelihood"]
@@ -116,7 +124,7 @@ def test_the_gradient_is_made_in_the_forward_pass(backend, monkeypatch, options)
 
 @pytest.mark.parametrize("shape", [(3, 40), (40,)], ids=("elements", "channels"))
 def test_flat_data_are_read_by_the_row_whatever_their_scale(backend, monkeypatch, shape):
-    module, rows = ops.select(torch.device("cpu")), []
+    module, rows = ops.select(torch.get_default_device()), []
     right = module.likelihood
     monkeypatch.setattr(module, "likelihood", lambda x_hat, *a, **k: rows.append(x_hat.shape) or right(x_hat, *a, **k))
     x_hat, x = (t.flatten(1) for t in inputs())
@@ -125,7 +133,7 @@ def test_flat_data_are_read_by_the_row_whatever_their_scale(backend, monkeypatch
 
 
 def test_no_gradient_is_made_without_need(backend, monkeypatch):
-    module = ops.select(torch.device("cpu"))
+    module = ops.select(torch.get_default_device())
     seen = []
     right = module.likelihood
     monkeypatch.setattr(module, "likelihood", lambda *a, **k: seen.append(a[7]) or right(*a, **k))
@@ -234,6 +242,7 @@ def test_padded_sequences(backend):
     "options", [{"likelihood": "bernoulli"}, {"log_sigma": torch.zeros(5)}, {"mask": torch.ones(0, 5) > 0}]
 )
 def test_empty_batch(backend, options):
+    options = there(options)
     x_hat = torch.empty(0, 5, requires_grad=True)
     terms = fe.nll(x_hat, torch.empty(0, 5), reduction="none", **options)
     assert terms.shape == (0,)

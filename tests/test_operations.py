@@ -24,6 +24,8 @@ from fused_elbo.spec import (
     compute_dtype,
 )
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 SIZES = (1, 2, 3, 4, 5, 8, 13)
 MOST_ELEMENTS = 2000
 SEED = 77
@@ -136,7 +138,7 @@ def assert_sums_and_elements(ours, exact, eager, rows, elements, upstream=None, 
 
 
 def test_likelihood(backend, every):
-    module = ops.select(torch.device("cpu"))
+    module = ops.select(torch.get_default_device())
 
     @every(likelihood_calls())
     def check(call):
@@ -152,7 +154,7 @@ def test_likelihood(backend, every):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_likelihood_of_what_is_masked_is_nothing(backend, family):
-    module = ops.select(torch.device("cpu"))
+    module = ops.select(torch.get_default_device())
     shape = (3, 2, 37)
     mask = oracle.randn(*shape, seed=1) > 0
     hole = torch.full(shape, torch.nan)
@@ -179,7 +181,7 @@ def test_likelihood_of_what_is_masked_is_nothing(backend, family):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_likelihood_swallows_nothing(backend, family, value):
-    module = ops.select(torch.device("cpu"))
+    module = ops.select(torch.get_default_device())
     x_hat = oracle.randn(2, 3, 19)
     x_hat[1, 2, 7] = value
     x = (
@@ -318,7 +320,7 @@ def posterior_magnitudes(call, eps):
 
 
 def test_posterior(backend, every):
-    module = ops.select(torch.device("cpu"))
+    module = ops.select(torch.get_default_device())
 
     @every(posterior_calls())
     def check(call):
@@ -347,7 +349,7 @@ def test_posterior(backend, every):
 
 
 def test_one_plain_sample_is_that_of_the_plain_operation(backend):
-    module = ops.select(torch.device("cpu"))
+    module = ops.select(torch.get_default_device())
     mu, logvar = oracle.randn(5, 37), oracle.randn(5, 37, seed=1)
     for seed in (torch.tensor(SEED), torch.arange(5)):
         noise = Noise(seed, first_index=3, offset=2)
@@ -359,7 +361,7 @@ def test_one_plain_sample_is_that_of_the_plain_operation(backend):
 
 @pytest.mark.parametrize("param", PARAMS)
 def test_kl_of_an_element_is_accurate_and_never_negative(backend, param):
-    module = ops.select(torch.device("cpu"))
+    module = ops.select(torch.get_default_device())
     near = torch.cat([s * torch.logspace(-6, 0, 40, dtype=torch.float64) for s in (1, -1)])
     logvar = torch.cat((near, torch.linspace(-20, 20, 81, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)))
     std = torch.exp(0.5 * logvar)
@@ -387,7 +389,7 @@ def test_kl_of_an_element_is_accurate_and_never_negative(backend, param):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", [0, 1, 2, 3])
 def test_posterior_swallows_nothing(backend, where, value):
-    module = ops.select(torch.device("cpu"))
+    module = ops.select(torch.get_default_device())
     tensors = [oracle.randn(3, 7, seed=k) for k in range(4)]
     tensors[where][1, 4] = value
     spec = Posterior(clamp=(-3.0, 3.0), free_bits=0.1)
@@ -399,7 +401,7 @@ def test_posterior_swallows_nothing(backend, where, value):
 
 
 def test_operations_repeat_to_the_bit(backend):
-    module = ops.select(torch.device("cpu"))
+    module = ops.select(torch.get_default_device())
     mu, raw = oracle.randn(3, 1500), oracle.randn(3, 1500, seed=1)
     spec, noise = Posterior("softplus", 0.1), Noise(torch.tensor(SEED))
     first, second = (module.posterior(mu, raw, None, None, noise, spec, samples=2, want_log_ratio=True) for _ in range(2))

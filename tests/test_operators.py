@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fused_elbo as fe
 from fused_elbo import accuracy, operators, reference, sampling
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 SHAPE = (3, 2, 5)
 
 

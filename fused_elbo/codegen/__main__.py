@@ -6,7 +6,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..backends.native import library
@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m fused_elbo.codegen", description=__doc__)
     parser.add_argument("--only", choices=tuple(COMPILERS), help="one compiler's kernels (default: both)")
+    parser.add_argument("--gpu", type=int, choices=tuple(GPUS), help="what is compiled for this one (default: for all)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there too, as JSON")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--lines", action="store_true", help="print the rows as lines of JSON instead")
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line)
     for compiler in [args.only] if args.only else COMPILERS:
         try:
-            version, found = COMPILERS[compiler]()
+            version, found = COMPILERS[compiler](GPUS if args.gpu is None else (args.gpu,))
         except sass.Unreadable as error:
             missing[compiler] = str(error)
             print(f"{compiler}: not run: {error}", file=sys.stdout if table else sys.stderr)
@@ -67,7 +68,7 @@ def _floors() -> Iterator[str]:
         yield f"sm_{architecture}, {gpu.name}: of an element's instructions {fit} take no longer than the bytes"
 
 
-def _triton() -> tuple[str, Iterator[report.Row]]:
+def _triton(gpus: Iterable[int]) -> tuple[str, Iterator[report.Row]]:
     tools = sass.Tools()
     try:
         import triton
@@ -75,19 +76,19 @@ def _triton() -> tuple[str, Iterator[report.Row]]:
         raise sass.Unreadable(f"import failed: {error}") from error
     from . import triton_kernels
 
-    each = itertools.product(triton_kernels.DTYPES, GPUS)
+    each = itertools.product(triton_kernels.DTYPES, gpus)
     rows = (triton_kernels.inspect(dtype, architecture, tools) for dtype, architecture in each)
     return triton.__version__, itertools.chain.from_iterable(rows)
 
 
-def _nvcc() -> tuple[str, Iterator[report.Row]]:
+def _nvcc(gpus: Iterable[int]) -> tuple[str, Iterator[report.Row]]:
     tools, path = sass.Tools(), library.location("cuda")
     if not path.exists():
         raise sass.Unreadable(f"there is no {path}: make build makes it where there is nvcc")
     problem = library.problem(path)
     if problem is not None:
         raise sass.Unreadable(problem)
-    return native_kernels.compiler(path), native_kernels.inspect(path, tools)
+    return native_kernels.compiler(path), (row for row in native_kernels.inspect(path, tools) if row.architecture in gpus)
 
 
 COMPILERS = {"triton": _triton, "nvcc": _nvcc}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import platform
 import shlex
 import signal
+import statistics
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -68,6 +71,26 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return trainer.metrics
 
 
+def steps_in_turns(configs: dict[str, TrainConfig], steps: int) -> dict[str, float]:
+    """The median milliseconds of a training step with each configuration, of steps that are taken in turns.
+
+    A machine's speed drifts by more than a loss takes: of trainings that run one after the other it would be what is compared.
+    """
+    configs = {name: replace(config, device=str(_device(config.device))) for name, config in configs.items()}
+    trainers = {name: Trainer(config, load_digits(config.data)) for name, config in configs.items()}
+    with _deterministic():
+        for _ in itertools.islice(zip(*(trainer.epoch() for trainer in trainers.values()), strict=True), steps):
+            pass
+    for trainer in trainers.values():
+        trainer._read_steps()
+    return {name: statistics.median(trainer.metrics["steps"]["ms"]) for name, trainer in trainers.items()}
+
+
+def _deterministic() -> contextlib.AbstractContextManager:
+    # Bit for bit on CUDA takes convolutions that add in a fixed order.
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+
 def _run(config: TrainConfig, ranks: Ranks, tqdm: type) -> Trainer:
     # A run that is overwritten is erased last, when everything that its successor needs has been found.
     ranks.from_first(lambda: run_folder.require_free(config.folder, resume=config.resume, overwrite=config.overwrite))
@@ -78,12 +101,10 @@ def _run(config: TrainConfig, ranks: Ranks, tqdm: type) -> Trainer:
 
     total = config.epochs * trainer.steps_per_epoch
     bar = tqdm(total=total, initial=trainer.steps_done, unit="step", disable=True if config.quiet else None)
-    # Bit for bit on CUDA takes convolutions that add in a fixed order.
-    deterministic = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     # A process that another one waits for has to end at once where that one has failed, which TERM says under torchrun.
     numbers = (signal.SIGINT, signal.SIGTERM) if ranks.size == 1 else (signal.SIGINT,)
     interrupted = threading.Event()
-    with bar, deterministic, signals.answered(numbers, interrupted.set):
+    with bar, _deterministic(), signals.answered(numbers, interrupted.set):
         while trainer.epochs_done < config.epochs:
             for _ in trainer.epoch():
                 bar.update()
