@@ -65,21 +65,20 @@ class GaussianLatent(torch.nn.Module):
         """Arguments, results and errors of ``fused_elbo.rsample_kl``."""
         if self.has_prior:
             posterior = {"prior": (self.prior_mean, self.prior_raw), **posterior}
-        return functional.rsample_kl(
-            mu,
-            logvar,
-            chunk_dim=self.chunk_dim,
-            sample=self.training,
-            seed=seed,
-            generator=self.generator if seed is None and eps is None else None,
-            eps=eps,
-            first_index=first_index,
-            offset=offset,
-            num_samples=self.num_samples,
-            mask=mask,
-            batch_dims=self.batch_dims,
-            **{**self.posterior, **posterior},
-        )
+        chosen = {
+            "seed": seed,
+            "generator": self.generator if seed is None and eps is None else None,
+            "eps": eps,
+            "first_index": first_index or None,
+            "offset": offset or None,
+            "num_samples": self.num_samples,
+            "mask": mask,
+            "batch_dims": None if self.batch_dims == (0,) else self.batch_dims,
+        }
+        # A compiler takes a call with little to read unread, see routes.unread.
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        options = {"chunk_dim": self.chunk_dim, "sample": self.training, **chosen, **self.posterior, **posterior}
+        return functional.rsample_kl(mu, logvar, **options)
 
     def extra_repr(self) -> str:
         prior = ("prior=tensors",) if self.has_prior else ()

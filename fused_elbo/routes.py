@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from . import operators, ops, sharding
 from .autograd import Posterior, PosteriorCall, apply
@@ -32,21 +33,17 @@ _TRACED = (*_PLAIN, FakeTensor, FunctionalTensor)
 UNREAD = torch.__version__ >= "2.13"
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_wholes: list[Callable[..., Any]] = []
 
 
 def unread(*names: str) -> Callable[[_Function], _Function]:
-    """A decorator: a compiler takes a call into its graph as it is, and never reads the function's lines, if the keywords that
-    do not have their default value are among ``names``.
+    """A decorator: a compiler takes a call without keywords but ``names`` into its graph as it is, and never reads the lines.
 
     It would guard every default, global and builtin that they read, in each call of what it compiled: some 200 guards, which
-    take longer than the formulas of a small batch.
+    take longer than the formulas of a small batch. So ``call`` itself reads next to nothing.
     """
     known = frozenset(names)
 
     def decorate(function: _Function) -> _Function:
-        defaults = function.__kwdefaults__ or {}
-
         # Marks are for good, and calls with other keywords need a function without.
         def whole(*args: Any, **kwargs: Any) -> Any:
             try:
@@ -58,15 +55,20 @@ def unread(*names: str) -> Callable[[_Function], _Function]:
                     raise NotImplementedError(str(error)) from error
                 raise
 
-        _wholes.append(whole)
+        def taken(*names: str) -> bool:
+            if not UNREAD or not known.issuperset(names):
+                return False
+            torch.compiler.allow_in_graph(whole)
+            return True
+
+        # Run when a call of it is traced, in place of being traced: torch.compiler.assume_constant_result, without the second
+        # and a half that an import of the compiler takes.
+        taken._dynamo_marked_constant = True
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if UNREAD and torch.compiler.is_dynamo_compiling():
-                chosen = {k: v for k, v in kwargs.items() if not (k in defaults and _same(v, defaults[k]))}
-                if known.issuperset(chosen):
-                    _take_whole()
-                    return whole(*args, **chosen)
+            if is_dynamo_compiling() and taken(*kwargs):
+                return whole(*args, **kwargs)
             return function(*args, **kwargs)
 
         return call
@@ -74,26 +76,12 @@ def unread(*names: str) -> Callable[[_Function], _Function]:
     return decorate
 
 
-def _same(value: object, default: object) -> bool:
-    return value is None if default is None else type(value) is type(default) and value == default
-
-
-def _take_whole() -> None:
-    for whole in _wholes:
-        torch.compiler.allow_in_graph(whole)
-
-
-# Run when a call of it is traced, in place of being traced: torch.compiler.assume_constant_result, without the second and a
-# half that an import of the compiler takes.
-_take_whole._dynamo_marked_constant = True
-
-
 def plainly(*tensors: Tensor | None) -> bool:
     """Whether the autograd Functions may be called."""
     for t in tensors:
         if type(t) not in _PLAIN:
             return False
-    return not (torch.compiler.is_dynamo_compiling() or _transformed())
+    return not (is_dynamo_compiling() or _transformed())
 
 
 def compiled(*tensors: Tensor | None) -> bool:
