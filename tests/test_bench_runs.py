@@ -189,6 +189,12 @@ def test_a_call_that_takes_too_long_is_left_out(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("small")
+def test_who_is_about_as_quick_takes_as_many_calls():
+    turns = [measure.Turn(None, measure.Result("", "", calls=3), None, passes) for passes in (1, 2, 16)]
+    measure.level(turns)
+    assert [(turn.passes, turn.result.calls) for turn in turns] == [(2, 6), (2, 6), (16, 48)]
+
+
 def test_an_item_that_takes_too_long_is_cut_short(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "MOST_ITEM_SECONDS", 0.0)
     code, content = run(tmp_path, "--filter", "8x8")

@@ -150,10 +150,10 @@ def measure(
                 result.how, result.sets, result.calls = timed.how, count, timed.calls
                 turns.append(turn := Turn(peer, result, timed))
                 turn.passes = _passes(turn)
-                result.calls *= turn.passes
         run = None
         clock.release()
     running = [turn for turn in turns if turn.result.refused is None]
+    level(running)
     report("rounds")
     _rounds(running, budget / max(1, len(turns)))
     return results
@@ -226,6 +226,14 @@ def _passes(turn: Turn) -> int:
         turn.passes *= 2
         seconds = turn.seconds()
     return turn.passes
+
+
+def level(turns: Sequence[Turn]) -> None:
+    """Peers that are about as quick take as many passes: the later calls of a turn find the caches warmer than the first."""
+    most = [max(other.passes for other in turns if other.passes <= 2 * turn.passes) for turn in turns]
+    for turn, passes in zip(turns, most, strict=True):
+        turn.passes = passes
+        turn.result.calls *= passes
 
 
 def _rounds(running: Sequence[Turn], share: float) -> None:
