@@ -79,22 +79,16 @@ def prepared(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     )
 
 
-def traced(
-    mu: Tensor,
-    raw: Tensor | None,
-    prior_mean: Tensor | None,
-    prior_raw: Tensor | None,
-    seed: Tensor | None,
-    eps: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """Operands for an operator in a compiler's graph, which gathers them where it numbers the noise of one seed."""
+def traced(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The posterior's tensors for an operator in a compiler's graph: it gathers them where it numbers the noise of one seed."""
     from torch.distributed.tensor import DTensor, Replicate
 
     register()
+    mu, *others, seed, eps = tensors
     if seed is not None and not involved(seed):
         mesh = mu.device_mesh
         seed = DTensor.from_local(seed, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return mu, raw, prior_mean, prior_raw, seed, eps
+    return mu, *others, seed, eps
 
 
 def sampled(

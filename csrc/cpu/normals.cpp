@@ -1,5 +1,6 @@
 // What a compiler on a CPU leaves to operators: the seed that eager code would draw, and the normals of a seed. Their schemas
 // stand in fused_elbo/backends/native/library.py; fused_elbo/operators.py has them for any device.
+#include <functional>
 #include <limits>
 #include <numeric>
 
