@@ -25,7 +25,7 @@ GENERAL = {
 @pytest.fixture(scope="module")
 def functions() -> list[tuple[int, sass.Function]]:
     try:
-        __main__.COMPILERS["nvcc"]()
+        __main__.COMPILERS["nvcc"](hardware.GPUS)
     except sass.Unreadable as error:
         pytest.skip(str(error))
     return list(sass.Tools().functions_of(library.location("cuda")))
