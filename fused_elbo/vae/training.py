@@ -77,7 +77,8 @@ def steps_in_turns(configs: dict[str, TrainConfig], steps: int) -> dict[str, flo
     A machine's speed drifts by more than a loss takes: of trainings that run one after the other it would be what is compared.
     """
     configs = {name: replace(config, device=str(_device(config.device))) for name, config in configs.items()}
-    trainers = {name: Trainer(config, load_digits(config.data)) for name, config in configs.items()}
+    digits = {folder: load_digits(folder) for folder in {config.data for config in configs.values()}}
+    trainers = {name: Trainer(config, digits[config.data]) for name, config in configs.items()}
     with _deterministic():
         for _ in itertools.islice(zip(*(trainer.epoch() for trainer in trainers.values()), strict=True), steps):
             pass
