@@ -14,7 +14,7 @@ ELSEWHERE := native_library native_codegen compile operators func amp
 NATIVE_TESTS := FUSED_ELBO_REQUIRE_BACKENDS=native $(BIN)/python -m pytest -n auto -k native $(ELSEWHERE:%=--ignore tests/test_%.py)
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 
-.PHONY: demo test codegen instruction-sets cpu-library build wheel sanitize lint docs format check doctor bench microbench gpu clean
+.PHONY: demo test codegen instruction-sets ptx cpu-library build wheel sanitize lint docs format check doctor bench microbench gpu clean
 
 # The libraries are built by rules of their own.
 $(READY): export FUSED_ELBO_BUILD = 0
@@ -46,6 +46,14 @@ test: export OMP_NUM_THREADS = 1
 test: lint docs cpu-library
 	$(BIN)/python -m pytest -n auto
 	$(MAKE) instruction-sets
+	$(MAKE) ptx PTX="$(PTX_FIRST)"
+
+# The Triton kernels as they are compiled for a GPU, run without one by the machine for PTX in tests/ptx. PTX=tests for all of them.
+PTX ?= tests
+PTX_FIRST := $(addprefix tests/test_,ptx.py latent.py nll.py elbo.py)
+ptx: export OMP_NUM_THREADS = 1
+ptx: $(READY)
+	FUSED_ELBO_TRITON=ptx FUSED_ELBO_REQUIRE_BACKENDS=triton $(BIN)/python -m pytest -n auto -q -k "triton or ptx" $(PTX)
 
 # The native backend's tests on the instruction sets of this processor that are not its best.
 instruction-sets: cpu-library

@@ -12,11 +12,18 @@ import torch
 
 # Both are read when a library is first used, so they stand before the import of ours.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-if not torch.cuda.is_available():
+# "ptx": without a GPU the Triton kernels are compiled for one and run by the machine in tests/ptx, not interpreted.
+if not torch.cuda.is_available() and os.environ.get("FUSED_ELBO_TRITON") != "ptx":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fused_elbo as fe
 from fused_elbo import ops
+
+MACHINE = os.environ.get("FUSED_ELBO_TRITON") == "ptx" and not torch.cuda.is_available()
+if MACHINE:
+    from ptx import launch
+
+    launch.install()
 
 REQUIRED = os.environ.get("FUSED_ELBO_REQUIRE_BACKENDS", "").replace(",", " ").split()
 

@@ -87,7 +87,8 @@ def test_inplace_refuses_a_view_of_a_leaf(backend, device):
 def test_inplace_keeps_terms_and_refuses_their_gradients(backend, device):
     inputs = inputs_of("classic", device)
     leaves = leaves_of(inputs)
-    expected = elbo("classic", inputs)
+    # Of the same gradients: a compiler makes another kernel of other ones, which may round elsewhere.
+    expected = elbo("classic", leaves)
     out = elbo("classic", {**leaves, "x_hat": leaves["x_hat"] * 1}, inplace=True)
     for a, b in zip(out, expected, strict=True):
         assert torch.equal(a, b)

@@ -225,7 +225,7 @@ def compiled(launch: Callable[[], Any], architecture: int) -> Iterator[tuple[Pat
         yield path, options
 
 
-class _Driver:
+class Driver:
     """Stands in for a GPU's driver as far as compiling asks one."""
 
     def __init__(self, architecture: int) -> None:
@@ -266,7 +266,7 @@ def no_gpu_needed(architecture: int) -> Iterator[None]:
     """Triton takes the current device for one of sm_``architecture``, which it can compile for and not run on."""
     # Resetting to the default driver would fail where there is no GPU: put back what was there, which may be none yet.
     previous = triton.runtime.driver._active
-    triton.runtime.driver.set_active(_Driver(architecture))
+    triton.runtime.driver.set_active(Driver(architecture))
     try:
         yield
     finally:

@@ -1,0 +1,337 @@
+"""Threads that execute a program, as many at a time as are at the same place of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from . import units
+from .memory import Fault, Global, Shared
+from .program import CONTROL, Address, Instruction, Operand, Program
+from .units import SIGNED, TYPES, UNSIGNED, Error, Values
+
+WARP = 32
+# Threads that are executed together; more cost less time and more memory.
+TOGETHER = 2**14
+# Types of numbers that registers hold as words, or in pairs.
+SHORT = {"bf16": "b16", "bf16x2": "b32", "f16x2": "b32"}
+
+Threads = Values | slice
+
+
+class Machine:
+    """Runs blocks ``blocks`` of a grid, of ``threads`` threads each."""
+
+    def __init__(
+        self, program: Program, blocks: Values, grid: Sequence[int], threads: int, arguments: Sequence[int], memory: Global,
+        shared: int, error: Error,
+    ) -> None:  # fmt: skip
+        self.program, self.memory, self.error = program, memory, error
+        count = len(blocks) * threads
+        self.place = np.zeros(count, dtype="i8")
+        self.waiting, self.held, self.done = (np.zeros(count, dtype=bool) for _ in range(3))
+        self.block = np.repeat(np.arange(len(blocks)), threads)
+        self.number = np.repeat(blocks, threads)
+        self.warp = np.arange(count) // WARP
+        self.synchronised = np.zeros(count, dtype=bool)
+        self.threads = threads
+        self.shared = Shared(len(blocks), shared)
+        self.arguments = dict(zip((name for name, _ in program.parameters), arguments, strict=True))
+        # A register that is read before it is written must not look like a number.
+        self.registers = {
+            name: np.zeros(count, dtype=bool) if bits == 1 else np.full(count, 0xDEADBEEF_DEADBEEF, "u8").astype(UNSIGNED[bits])
+            for name, bits in program.registers.items()
+        }
+        x = self.number % grid[0]
+        self.special = {
+            "%tid.x": np.tile(np.arange(threads), len(blocks)), "%ctaid.x": x,
+            "%ctaid.y": self.number // grid[0] % grid[1], "%ctaid.z": self.number // (grid[0] * grid[1]),
+            "%nctaid.x": np.full(count, grid[0]), "%nctaid.y": np.full(count, grid[1]),
+            "%nctaid.z": np.full(count, grid[2]), "%ntid.x": np.full(count, threads),
+        }  # fmt: skip
+
+    def run(self) -> None:
+        """Until all threads have returned."""
+        with np.errstate(all="ignore"):
+            while not self.done.all():
+                ready = ~(self.waiting | self.held | self.done)
+                if not ready.any():
+                    self._release()
+                    continue
+                # Those that are furthest behind go first, so that threads which parted mostly meet again.
+                first = self.place[ready].min()
+                here = ~(self.waiting | self.done) & (self.place == first)
+                if self.program.instructions[first].collective:
+                    here = self._whole_warps(here)
+                self._stretch(int(first), slice(None) if here.all() else np.flatnonzero(here))
+
+    def _release(self) -> None:
+        """Opens the barriers: all live threads of every block are there, since no thread is ready."""
+        if self.held.any():
+            instruction = self.program.instructions[self.place[self.held][0]]
+            raise Fault(f"a part of a warp waits for the rest: {instruction.text}")
+        self.waiting[:] = False
+        for block in np.unique(self.block[~self.done]):
+            self.shared.synchronise(int(block))
+            # A barrier orders all of a block behind an atomic operation of one of its threads.
+            chosen = self.block == block
+            self.synchronised[chosen] = self.synchronised[chosen].any()
+
+    def _whole_warps(self, here: Values) -> Values:
+        """Of threads at an instruction of whole warps those whose warp is there; the others are held until it is."""
+        whole = np.repeat(here.reshape(-1, WARP).all(axis=1), WARP)
+        self.held[here] = ~whole[here]
+        return whole
+
+    def _stretch(self, first: int, threads: Threads) -> None:
+        """Instructions from one on, up to a place where threads part, meet or wait."""
+        program, k = self.program, first
+        while isinstance(threads, slice) or len(threads):
+            instruction = program.instructions[k]
+            k += 1
+            if instruction.name in CONTROL:
+                self._control(instruction, k, threads)
+                return
+            chosen = self._guarded(instruction, threads)
+            if isinstance(chosen, slice) or len(chosen):
+                try:
+                    self._execute(instruction, chosen)
+                except Fault as fault:
+                    raise Fault(f"{fault}: {instruction.text}") from None
+                except (LookupError, TypeError, ValueError, AttributeError) as error:
+                    raise NotImplementedError(instruction.text) from error
+            if k in program.starts:
+                self.place[threads] = k
+                return
+
+    def _control(self, instruction: Instruction, following: int, threads: Threads) -> None:
+        self.place[threads] = following
+        chosen = self._guarded(instruction, threads)
+        if instruction.name == "bra":
+            self.place[chosen] = self.program.labels[instruction.operands[0]]
+        elif instruction.name == "brx":
+            by, table = instruction.operands
+            targets = np.array([self.program.labels[label] for label in self.program.tables[table]])
+            self.place[chosen] = targets[self._read(by, TYPES["u32"], chosen)]
+        elif instruction.name == "ret":
+            self.done[chosen] = True
+        else:
+            self.waiting[chosen] = True
+
+    def _guarded(self, instruction: Instruction, threads: Threads) -> Threads:
+        if instruction.predicate is None:
+            return threads
+        name, wanted = instruction.predicate
+        holds = self.registers[name][threads] == wanted
+        return np.flatnonzero(holds) if isinstance(threads, slice) else threads[holds]
+
+    def _execute(self, instruction: Instruction, threads: Threads) -> None:
+        name, modifiers, operands = instruction.name, instruction.modifiers, instruction.operands
+        special = getattr(self, f"_{name}", None)
+        if special is not None:
+            special(modifiers, operands, threads)
+            return
+        if name in units.APPROXIMATE and "approx" in modifiers:
+            (value,) = self._numbers(operands[1], modifiers[-1], threads)
+            found = [units.approximate(name, value, self.error)]
+        else:
+            compute = (units.NAN if "NaN" in modifiers else units.TWO if name in units.TWO else units.ONE)[name]
+            values = [self._numbers(o, modifiers[-1], threads) for o in operands[1:]]
+            if "ftz" in modifiers:
+                values = [[units.flushed(v) for v in one] for one in values]
+            found = [compute(*each) for each in zip(*values, strict=True)]
+        self._write(operands[0], units.joined(found, modifiers[-1]) if modifiers[-1] in SHORT else found[0], threads)
+
+    # Operands.
+
+    def _read(self, operand: Operand, kind: np.dtype, threads: Threads) -> Values:
+        """A register's value in a type that may be narrower, an immediate, or a special register."""
+        if isinstance(operand, tuple):
+            return self._packed(operand, kind, threads)
+        if operand in self.registers:
+            raw = self.registers[operand][threads]
+            if kind.kind == "b":
+                return raw
+            return raw.astype(UNSIGNED[8 * kind.itemsize], copy=False).view(kind)
+        count = len(self.place) if isinstance(threads, slice) else len(threads)
+        if operand in self.special:
+            return self.special[operand][threads].astype(kind)
+        if operand == "global_smem":
+            return np.zeros(count, dtype=kind)
+        if operand[:2] in ("0f", "0d"):
+            word = np.array(int(operand[2:], 16), dtype="u4" if operand[1] == "f" else "u8")
+            number = word.view("f4" if operand[1] == "f" else "f8").astype(kind) if kind.kind == "f" else word.astype(kind)
+            return np.full(count, number)
+        number = int(operand.rstrip("U"), 0)
+        if kind.kind == "b":
+            return np.full(count, bool(number))
+        word = number & (2 ** (8 * kind.itemsize) - 1)
+        return np.full(count, word, dtype=UNSIGNED[8 * kind.itemsize]).view(kind)
+
+    def _numbers(self, operand: Operand, kind: str, threads: Threads) -> list[Values]:
+        """One number a thread, or, of a type that holds several short ones, each."""
+        if kind not in SHORT:
+            return [self._read(operand, TYPES[kind], threads)]
+        return units.parts(self._read(operand, TYPES[SHORT[kind]], threads), kind)
+
+    def _packed(self, parts: tuple[str, ...], kind: np.dtype, threads: Threads) -> Values:
+        width = 8 * kind.itemsize // len(parts)
+        words = [self._read(p, UNSIGNED[width], threads) for p in parts]
+        return np.ascontiguousarray(np.stack(words, axis=1)).view(kind)[:, 0]
+
+    def _write(self, operand: Operand, values: Values, threads: Threads) -> None:
+        if isinstance(operand, tuple):
+            words = np.ascontiguousarray(values).view(UNSIGNED[8 * values.itemsize // len(operand)])
+            for part, column in zip(operand, words.reshape(-1, len(operand)).T, strict=True):
+                self._write(part, column, threads)
+        elif operand != "_":
+            register = self.registers[operand]
+            if values.dtype.kind == "i" and values.itemsize < register.itemsize:
+                values = values.astype(SIGNED[8 * register.itemsize])
+            register[threads] = units.bits_of(values).astype(register.dtype, copy=False)
+
+    def _address(self, address: Address, threads: Threads) -> Values:
+        base = np.uint64(0) if address.base == "global_smem" else self._read(address.base, TYPES["u64"], threads)
+        count = len(self.place) if isinstance(threads, slice) else len(threads)
+        return np.full(count, base, dtype="u8") + np.uint64(address.offset % 2**64)
+
+    # Instructions that are not a function of values of one type.
+
+    def _mov(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        self._write(operands[0], self._read(operands[1], TYPES[modifiers[-1]], threads), threads)
+
+    def _wide(self, kind: np.dtype, operands: Sequence[Operand], threads: Threads) -> Values:
+        twice = np.dtype(f"{kind.kind}{2 * kind.itemsize}")
+        a, b = (self._read(o, kind, threads).astype(twice) for o in operands)
+        return a * b
+
+    def _mul(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        kind = TYPES[modifiers[-1]]
+        if "wide" in modifiers:
+            found = self._wide(kind, operands[1:], threads)
+        elif "hi" in modifiers:
+            found = (self._wide(kind, operands[1:], threads) >> 8 * kind.itemsize).astype(kind)
+        else:
+            found = np.multiply(*(self._read(o, kind, threads) for o in operands[1:]))
+        self._write(operands[0], found, threads)
+
+    def _mad(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        kind = TYPES[modifiers[-1]]
+        if "wide" in modifiers:
+            product = self._wide(kind, operands[1:3], threads)
+        else:
+            product = np.multiply(*(self._read(o, kind, threads) for o in operands[1:3]))
+        self._write(operands[0], product + self._read(operands[3], product.dtype, threads), threads)
+
+    def _fma(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        self._write(operands[0], units.fused(*(self._read(o, TYPES[modifiers[-1]], threads) for o in operands[1:])), threads)
+
+    def _shl(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads, name: str = "shl") -> None:
+        a, by = self._read(operands[1], TYPES[modifiers[-1]], threads), self._read(operands[2], TYPES["u32"], threads)
+        self._write(operands[0], units.shift(name, a, by), threads)
+
+    def _shr(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        self._shl(modifiers, operands, threads, "shr")
+
+    def _bfe(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        start, length = (self._read(o, TYPES["u32"], threads) for o in operands[2:])
+        self._write(operands[0], units.field(self._read(operands[1], TYPES[modifiers[-1]], threads), start, length), threads)
+
+    def _prmt(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        self._write(operands[0], units.permuted(*(self._read(o, TYPES["u32"], threads) for o in operands[1:])), threads)
+
+    def _selp(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        a, b = (self._read(o, TYPES[modifiers[-1]], threads) for o in operands[1:3])
+        self._write(operands[0], np.where(self._read(operands[3], TYPES["pred"], threads), a, b), threads)
+
+    def _setp(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        registers = operands[0] if isinstance(operands[0], tuple) else (operands[0],)
+        pairs = zip(*(self._numbers(o, modifiers[-1], threads) for o in operands[1:]), strict=True)
+        for register, pair in zip(registers, pairs, strict=True):
+            self._write(register, units.compared(modifiers[0], *pair), threads)
+
+    def _cvt(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        to, source = modifiers[-2:]
+        if len(operands) == 3:
+            high, low = (self._read(o, TYPES["f32"], threads) for o in operands[1:])
+            found = units.joined([low, high], to)
+        else:
+            (number,) = self._numbers(operands[1], source, threads)
+            found = units.joined([number], to) if to in SHORT else number.astype(TYPES[to])
+        self._write(operands[0], found, threads)
+
+    def _ld(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        kind, (to, address) = TYPES[modifiers[-1]], operands
+        registers = to if isinstance(to, tuple) else (to,)
+        if modifiers[0] == "param":
+            found = self._argument(address.base, kind, threads)[:, None]
+        else:
+            places, bits = self._address(address, threads), 8 * kind.itemsize
+            if modifiers[0] == "shared":
+                found = self.shared.load(places, bits, len(registers), self.block[threads], self.warp[threads])
+            else:
+                found = self.memory.load(
+                    places, bits, len(registers), self.number[threads], self.warp[threads], self.synchronised[threads],
+                    cached="cg" not in modifiers,
+                )  # fmt: skip
+        for register, column in zip(registers, found.T, strict=True):
+            self._write(register, np.ascontiguousarray(column).view(kind), threads)
+
+    def _argument(self, name: str, kind: np.dtype, threads: Threads) -> Values:
+        count = len(self.place) if isinstance(threads, slice) else len(threads)
+        word = self.arguments[name] & (2 ** (8 * kind.itemsize) - 1)
+        return np.full(count, word, dtype=UNSIGNED[8 * kind.itemsize]).view(kind)
+
+    def _st(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        address, given = operands
+        registers = given if isinstance(given, tuple) else (given,)
+        kind = UNSIGNED[8 * TYPES[modifiers[-1]].itemsize]
+        numbers = np.stack([self._read(r, kind, threads) for r in registers], axis=1)
+        places = self._address(address, threads)
+        if modifiers[0] == "shared":
+            self.shared.store(places, numbers, self.block[threads], self.warp[threads])
+        else:
+            self.memory.store(places, numbers, self.number[threads], self.warp[threads])
+
+    def _atom(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        kind, (to, address, given) = TYPES[modifiers[-1]], operands
+        if modifiers[-2] != "add" or "acq_rel" not in modifiers:
+            raise NotImplementedError(".".join(modifiers))
+        threads = np.arange(len(self.place))[threads]
+        places, added = self._address(address, threads), self._read(given, kind, threads)
+        everybody = np.full(1, True)
+        for k in range(len(threads)):
+            # Whoever comes sees what all before have released.
+            one, place = threads[k : k + 1], places[k : k + 1]
+            who = self.number[one], self.warp[one]
+            old = self.memory.load(place, 8 * kind.itemsize, 1, *who, everybody, cached=False)
+            self.memory.store(place, old + added[k], *who)
+            self._write(to, old[:, 0], one)
+        self.synchronised[threads] = True
+
+    def _shfl(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        to, given, by, clamp, members = operands
+        chosen = np.arange(len(self.place))[threads]
+        lane = chosen % WARP
+        if (members, clamp) != ("-1", "31"):
+            raise NotImplementedError(f"a shuffle of {members}, {clamp}")
+        amount = self._read(by, TYPES["u32"], threads).astype("i8")
+        source = lane ^ amount if modifiers[1] == "bfly" else amount % WARP
+        values = self._read(given, TYPES["b32"], threads)
+        self._write(to, values[np.arange(len(chosen)) - lane + source], threads)
+
+    def _ldmatrix(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        """Four matrices of 8 rows of 16 bytes; lane 8 m + r has the address of row r of matrix m."""
+        to, address = operands
+        rows = self.shared.load(self._address(address, threads), 32, 4, self.block[threads], self.warp[threads])
+        # Thread t gets word t % 4 of row t // 4 of each.
+        matrices = rows.reshape(-1, 4, WARP)
+        for k, register in enumerate(to):
+            self._write(register, np.ascontiguousarray(matrices[:, k]).reshape(-1), threads)
+
+    def _stmatrix(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        address, given = operands
+        matrices = [self._read(r, TYPES["b32"], threads).reshape(-1, WARP) for r in given]
+        rows = np.stack(matrices, axis=1).reshape(-1, 4)
+        self.shared.store(self._address(address, threads), rows, self.block[threads], self.warp[threads])

@@ -1,0 +1,97 @@
+"""What the Triton kernels do as they are compiled: run by a machine for their PTX (tests/ptx), which `make ptx` chooses."""
+
+import conftest
+import oracle
+import pytest
+import torch
+
+import fused_elbo as fe
+from fused_elbo import reference
+from fused_elbo.accuracy import KL_RELATIVE, NOISE
+from fused_elbo.spec import Noise
+
+pytestmark = pytest.mark.skipif(not conftest.MACHINE, reason="FUSED_ELBO_TRITON=ptx runs the kernels' PTX")
+
+if conftest.MACHINE:
+    from ptx.launch import settings
+    from ptx.memory import Fault
+    from ptx.units import Error
+
+SEED = 3
+
+
+@pytest.fixture(autouse=True)
+def own_settings(monkeypatch):
+    """Each test has the launches of its own, and leaves the settings as they were."""
+    monkeypatch.setattr(settings, "launches", [])
+    with fe.backend("triton"):
+        yield
+
+
+def leaves(*shape: int, count: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [oracle.leaf(oracle.randn(*shape, seed=k).to(dtype)) for k in range(count)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_moves_what_the_design_says(dtype):
+    """Passes over the latents and the data, in the sectors that each warp's instructions touch: what lies beside is counted."""
+    shape = (32, 2**13)
+    one = torch.zeros(shape, dtype=dtype).nbytes
+    mu, logvar, g_z, x_hat, x = leaves(*shape, count=5, dtype=dtype)
+    z, kl = fe.rsample_kl(mu, logvar, seed=SEED)
+    torch.autograd.backward((z, kl), (g_z, torch.ones_like(kl)))
+    fe.elbo_loss(x_hat, x.detach(), kl=kl.detach()).loss.backward()
+    with torch.no_grad():
+        fe.elbo_loss(x_hat, x, kl=kl)
+    fe.elbo_loss(x_hat, x.detach(), mu, logvar)
+    passes = [(launch.kernel, launch.moved / one) for launch in settings.launches]
+    assert [kernel for kernel, _ in passes] == [
+        "rsample_kl_kernel", "rsample_kl_backward_kernel", "elbo_kernel", "rescale_kernel", "elbo_kernel", "elbo_kernel",
+    ]  # fmt: skip
+    for (kernel, found), wanted in zip(passes, (3, 5, 3, 0, 2, 7), strict=True):
+        # Beside them each program reads some numbers of its row.
+        assert wanted <= found < wanted + 0.3, kernel
+
+
+@pytest.mark.parametrize("error", ["ABOVE", "BELOW"])
+def test_the_hardwares_approximations_may_be_as_wrong_as_is_documented(error, monkeypatch):
+    """Normals and the KL within their bounds, with each approximation off by its documented error, all one way."""
+    monkeypatch.setattr(settings, "error", Error[error])
+    zero = torch.zeros(64, 2**12)
+    normals = fe.reparameterize(zero, zero, seed=SEED)
+    exact = reference.draw(zero.double(), Noise(torch.tensor(SEED)))
+    assert (normals - exact).abs().max() < NOISE[torch.float32]
+    logvar = torch.linspace(-80, 80, 2**14).reshape(-1, 1)
+    kl = fe.kl_divergence(torch.zeros_like(logvar), logvar, reduction="none")
+    truth = reference.kl_divergence(torch.zeros_like(logvar).double(), logvar.double())
+    assert ((kl - truth).abs() <= KL_RELATIVE[torch.float32] * truth).all()
+
+
+def loss() -> torch.Tensor:
+    """Of rows that several blocks share, so that the last of them adds up what all have left."""
+    x_hat, x = leaves(3, 5000, count=2)
+    return fe.gaussian_nll(x_hat, x, reduction="none").detach()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("bar.sync", "// ", "without a barrier"),
+        ("ld.global.cg", "ld.global", "through its own cache"),
+        ("atom.global.gpu.acq_rel", "atom.global.gpu.relaxed", "relaxed"),
+        ("setp.lt.s32", "setp.le.s32", "out of bounds"),
+    ],
+)
+def test_the_machine_stops_at_what_would_be_wrong(old, new, said, monkeypatch):
+    """Kernels that lack a barrier, read through a cache what other blocks wrote, or read past the last column."""
+    monkeypatch.setattr(settings, "edit", lambda text: text.replace(old, new))
+    with pytest.raises((Fault, NotImplementedError), match=said):
+        loss()
+
+
+@pytest.mark.parametrize(("old", "new"), [("shfl.sync.bfly", "shfl.sync.idx"), (", 16, 31, -1", ", 8, 31, -1")])
+def test_sums_that_are_wrong_show(old, new, monkeypatch):
+    right = loss()
+    assert torch.equal(loss(), right)
+    monkeypatch.setattr(settings, "edit", lambda text: text.replace(old, new))
+    assert not torch.allclose(loss(), right)
