@@ -188,6 +188,17 @@ def test_batch_dims(backend, dims, reduction):
         torch.testing.assert_close(mine, right)
 
 
+def test_bounds_beyond_the_dtype_bound_nothing(backend):
+    """As a configuration writes them that has no word for infinity; also where PyTorch's own clamp is differentiated twice."""
+    mu, logvar = (oracle.leaf(oracle.randn(2, 3, seed=k)) for k in range(2))
+    for bounds in ((-1e308, 1e308), (-1.0, 1e308), (-1e308, 1.0)):
+        limits = [b if abs(b) < 2 else math.copysign(math.inf, b) for b in bounds]
+        first, second = (fe.rsample_kl(mu, logvar, seed=3, clamp=pair).kl.sum() for pair in (bounds, limits))
+        assert torch.equal(first, second)
+        slopes = [oracle.grads(kl, [mu, logvar], create_graph=True)[1].sum() for kl in (first, second)]
+        torch.testing.assert_close(*(oracle.grads(slope, [logvar]) for slope in slopes))
+
+
 @pytest.mark.parametrize("shape", [(2, 6, 3, 4), (2, 6, 2, 3, 4)], ids=("image", "video"))
 def test_packed_moments_with_every_kind_of_option(backend, shape):
     moments = oracle.leaf(oracle.randn(*shape, dtype=torch.float64))

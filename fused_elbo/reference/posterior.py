@@ -8,6 +8,7 @@ importance weights; Tucker et al. 2019 (DReG, arXiv:1810.04152), eq. 8, for thei
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,9 @@ def clamped(raw: Tensor, spec: Posterior) -> Tensor:
         return raw
     low, high = spec.clamp
     if not spec.soft:
-        return raw.clamp(low, high)
+        # torch refuses a number beyond the dtype's range, which says that there is no bound.
+        most = torch.finfo(raw.dtype).max
+        return raw.clamp(*(math.copysign(math.inf, bound) if abs(bound) > most else bound for bound in (low, high)))
     # softplus(v) = -ln sigmoid(-v)
     below = high + F.logsigmoid(raw - high)
     return low - F.logsigmoid(low - below)
