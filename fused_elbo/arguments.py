@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from numbers import Real
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")
+
+# What a Gaussian multiplies by, 1 / sigma^2, is beyond a double's range somewhat below.
+LEAST_SIGMA = 1e-154
 
 
 def floating(name: str, value: object) -> Tensor:
@@ -112,13 +116,18 @@ def number(name: str, value: object) -> float:
         return value
     if not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: got {kind(value)}, takes a float")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: got a number beyond {sys.float_info.max:.2g}, takes a float, which ends there") from None
 
 
-def positive(name: str, value: object) -> float:
+def positive(name: str, value: object, least: float = LEAST_SIGMA) -> float:
+    """A positive, finite float; by default one that a Gaussian takes for its sigma."""
     value = number(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: got {value}, takes a positive, finite float")
+    if not 0 < value < math.inf or value < least:
+        bound = f" of at least {least:g}, where 1 / {name}^2 is finite too" if 0 < value < least else ""
+        raise ValueError(f"{name}: got {value}, takes a positive, finite float{bound}")
     return value
 
 

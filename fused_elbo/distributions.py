@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution, register_kl
 
 from . import functional
+from .arguments import LEAST_SIGMA
 from .remembered import RememberedKL, Unchanged
 
 
@@ -175,7 +176,7 @@ def _one_scale(base: Distribution) -> float | Tensor | None:
     if not isinstance(base, Normal) or not base._as_given():
         return None
     scale = base._given_scale
-    one = scale.numel() == 1 if isinstance(scale, Tensor) else 0 < scale < math.inf
+    one = scale.numel() == 1 if isinstance(scale, Tensor) else LEAST_SIGMA <= scale < math.inf
     return scale if one else None
 
 

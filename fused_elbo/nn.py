@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import functional, linear
+from . import arguments, functional, linear
 from .functional import ELBOTerms, LatentSample
 from .options import ELBOOptions, LikelihoodOptions, PosteriorOptions
 
@@ -229,7 +229,7 @@ def _parameter(log_sigma: float | Tensor | None, like: Tensor | None = None) -> 
     if not isinstance(log_sigma, (int, float)):
         return log_sigma
     kind = {} if like is None else {"device": like.device, "dtype": like.dtype}
-    return torch.nn.Parameter(torch.tensor(float(log_sigma), **kind))
+    return torch.nn.Parameter(torch.tensor(arguments.number("log_sigma", log_sigma), **kind))
 
 
 def _reduced(loss: ELBOLoss | LinearGaussianHead) -> tuple[str, ...]:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 FREE_BITS_OVER = ("dim", "sample", "element")
 
+# Terms are float32 or wider.
+MOST_NATS = torch.finfo(torch.float32).max
+
 
 class LikelihoodOptions(TypedDict, total=False):
     """Keyword arguments of the data side.
@@ -173,8 +176,8 @@ def free_bits_of(options: dict[str, Any]) -> tuple[float | None, str]:
             raise ValueError("free_bits_over: got it without free_bits, takes both")
         return None, over
     free_bits = arguments.number("free_bits", free_bits)
-    if not 0 <= free_bits < math.inf:
-        raise ValueError(f"free_bits: got {free_bits}, takes nats, >= 0")
+    if not 0 <= free_bits <= MOST_NATS:
+        raise ValueError(f"free_bits: got {free_bits}, takes nats, >= 0 and no more than float32 holds, {MOST_NATS:.2g}")
     return free_bits, over
 
 
@@ -217,12 +220,13 @@ def likelihood(options: dict[str, Any], sigma: float | str, full: bool, x_hat: T
             raise ValueError("weight: got a tensor that requires grad, takes a constant")
     if mask is not None:
         mask = arguments.leading("mask", arguments.boolean("mask", mask), "x", x)
+    least = arguments.LEAST_SIGMA if family == "gaussian" else 0.0
     spec = Likelihood(
         family,
         activation,
-        0.0 if optimal or family == "bernoulli" else math.log(arguments.positive("sigma", sigma)),
+        0.0 if optimal or family == "bernoulli" else math.log(arguments.positive("sigma", sigma, least)),
         bool(full),
-        arguments.positive("scale", options.get("scale", 1.0)),
+        arguments.positive("scale", options.get("scale", 1.0), least=0.0),
         arguments.number("shift", options.get("shift", 0.0)),
     )
     group = arguments.process_group(options.get("process_group"))

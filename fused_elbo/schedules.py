@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from . import arguments
+
 
 class Schedule:
     """A number that changes with every ``step()``.
@@ -115,7 +117,8 @@ def _at_least(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name}: got {value!r}, takes an int, at least {least}")
 
 
-def _finite(name: str, value: float) -> float:
+def _finite(name: str, value: object) -> float:
+    value = arguments.number(name, value)
     if not math.isfinite(value):
         raise ValueError(f"{name}: got {value}, takes a finite float")
-    return float(value)
+    return value

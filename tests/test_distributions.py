@@ -258,7 +258,7 @@ def test_validation_is_torchs(monkeypatch):
             outer(q, 1).log_prob(torch.zeros(4))
         unchecked = outer(make(torch.zeros(3), 1.0, validate_args=False), 1)
         assert unchecked.log_prob(torch.tensor([0.0, math.nan, 0.0])).isnan()
-        for scale in (0.0, -1.0, math.inf):
+        for scale in (0.0, -1.0, math.inf, 1e-160):
             terms = [m(torch.zeros(3), scale, validate_args=False) for m in (make, td.Normal)]
             found, right = outer(terms[0], 1).log_prob(torch.ones(3)), td.Independent(terms[1], 1).log_prob(torch.ones(3))
             torch.testing.assert_close(found, right, equal_nan=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -86,10 +87,13 @@ CASES = [
             ((T, T), {"sigma": -1}, ValueError, "sigma", ("-1", "positive")),
             ((T, T), {"sigma": float("inf")}, ValueError, "sigma", ("inf", "finite")),
             ((T, T), {"sigma": float("nan")}, ValueError, "sigma", ("nan", "finite")),
+            ((T, T), {"sigma": 1e-160}, ValueError, "sigma", ("1e-160", "at least 1e-154", "1 / sigma^2")),
+            ((T, T), {"sigma": 10**400}, ValueError, "sigma", ("beyond 1.8e+308", "float")),
             ((T, T), {"sigma": SCALAR}, TypeError, "sigma", ("a Tensor", "float")),
             ((T, T), {"reduction": "average"}, ValueError, "reduction", ("'average'", "'mean', 'sum', 'none'")),
             ((T, T), {"reduction": None}, ValueError, "reduction", ("None", "'mean', 'sum', 'none'")),
             ((T, T), {"grad_scale": "1"}, TypeError, "grad_scale", ("'1'", "float")),
+            ((T, T), {"grad_scale": -(10**400)}, ValueError, "grad_scale", ("beyond 1.8e+308", "float")),
             ((T, T), {"grad_scale": ROW}, ValueError, "grad_scale", ("(3,)", "one element")),
             ((T, T), {"grad_scale": KEYS[0]}, TypeError, "grad_scale", ("torch.int64", "torch.float32")),
             ((T, T), {"grad_scale": SCALAR.to("meta")}, ValueError, "grad_scale", ("meta", "cpu")),
@@ -120,6 +124,7 @@ CASES = [
             ((T, T, META, META), {}, ValueError, "mu", ("meta", "x_hat", "cpu")),
             ((T, T, T, T), {"beta": "1"}, TypeError, "beta", ("'1'", "float")),
             ((T, T, T, T), {"beta": None}, TypeError, "beta", ("None", "float")),
+            ((T, T, T, T), {"beta": 10**400}, ValueError, "beta", ("beyond 1.8e+308", "float")),
             ((T, T, T, T), {"beta": ROW[:2]}, ValueError, "beta", ("(2,)", "one element", "(3,)")),
             ((T, T, T, T), {"beta": KEYS[0]}, TypeError, "beta", ("torch.int64", "torch.float32")),
             ((T, T, T, T), {"beta": SCALAR.to("meta")}, ValueError, "beta", ("meta", "cpu")),
@@ -140,6 +145,20 @@ def test_message(monkeypatch, functions, args, kwargs, error, name, says):
             function(*args, **kwargs)
         for words in says:
             assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_least_sigma_of_a_gaussian(backend, dtype):
+    """It may be as small as its precision is a double, whatever becomes of that in float32; other scales are not squared."""
+    x_hat = torch.full((3, 4), 1e-154, dtype=dtype, requires_grad=True)
+    x = torch.zeros_like(x_hat)
+    calls = (fe.gaussian_nll, fe.nll, lambda *a, **k: fe.elbo_loss(*a, kl=ROW, **k).loss)
+    for call in calls:
+        loss = call(x_hat, x, sigma=1e-154)
+        loss.backward()
+        if dtype == torch.float64:
+            assert loss.item() == pytest.approx(4 * (0.5 - 154 * math.log(10)), rel=1e-12)
+    fe.nll(x_hat, x, sigma=1e-320, likelihood="laplace").backward()
 
 
 def test_dtypes_are_listed():

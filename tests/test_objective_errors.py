@@ -29,6 +29,10 @@ def elbo(**options):
     return fe.elbo_loss(T, T, T, T, **options)
 
 
+def linear(**options):
+    return fe.linear_gaussian_nll(T, T.T @ T, None, T, **options)
+
+
 def staged(**options):
     return fe.elbo_loss(T, T, kl=ROW, **options)
 
@@ -53,6 +57,11 @@ CASES = [
     (nll, {"likelihood": "bernoulli", "activation": "sigmoid"}, ValueError, "activation", ("'sigmoid'", "logits")),
     (nll, {"likelihood": "bernoulli", "sigma": 0.5}, ValueError, "sigma", ("bernoulli", "no scale")),
     (nll, {"likelihood": "bernoulli", "log_sigma": ROW[0]}, ValueError, "sigma", ("log_sigma", "no scale")),
+    (nll, {"sigma": 1e-160}, ValueError, "sigma", ("1e-160", "at least 1e-154", "1 / sigma^2")),
+    (nll, {"sigma": 1e-160, "mask": MASK}, ValueError, "sigma", ("1e-160", "at least 1e-154")),
+    (fe.nn.ELBOLoss, {"log_sigma": 10**400}, ValueError, "log_sigma", ("beyond 1.8e+308", "float")),
+    (linear, {"sigma": 1e-160}, ValueError, "sigma", ("1e-160", "at least 1e-154")),
+    (nll, {"sigma": 0.0, "likelihood": "laplace"}, ValueError, "sigma", ("0.0", "positive")),
     (nll, {"sigma": "best"}, ValueError, "sigma", ("'best'", '"optimal"')),
     (nll, {"sigma": "optimal", "likelihood": "laplace"}, ValueError, "sigma", ("'laplace'", "gaussian")),
     (nll, {"sigma": "optimal", "log_sigma": ROW[0]}, ValueError, "log_sigma", ("together with sigma", "one of the two")),
@@ -94,6 +103,8 @@ CASES = [
     (sample, {"kl_balance": 0.8}, ValueError, "kl_balance", ("without a prior", "prior=")),
     (sample, {"kl_balance": 1.8, "prior": PRIOR}, ValueError, "kl_balance", ("1.8", "[0, 1]")),
     (sample, {"free_bits": -1.0}, ValueError, "free_bits", ("-1.0", ">= 0")),
+    (sample, {"free_bits": 1e160}, ValueError, "free_bits", ("1e+160", "float32", "3.4e+38")),
+    (sample, {"clamp": (0, 10**400)}, ValueError, "clamp", ("beyond 1.8e+308", "float")),
     (sample, {"free_bits": 1.0, "free_bits_over": "batch"}, ValueError, "free_bits_over", ("'batch'", "'dim'")),
     (sample, {"free_bits_over": "dim"}, ValueError, "free_bits_over", ("without free_bits", "both")),
     (sample, {"free_bits": 1.0, "batch_dims": (0, 1)}, ValueError, "free_bits_over", ("dim", "element")),

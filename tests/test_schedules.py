@@ -56,6 +56,7 @@ def test_another_schedules_state_is_refused():
         (lambda: Warmup(0), "steps"),
         (lambda: Warmup(2.5), "steps"),
         (lambda: Warmup(3, end=float("nan")), "end"),
+        (lambda: Warmup(3, start=10**400), "start"),
         (lambda: Cyclical(0), "period"),
         (lambda: Cyclical(3, cycles=0), "cycles"),
         (lambda: Cyclical(3, ratio=0.0), "ratio"),
