@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 from . import arguments, linear_operator, objective, ops, options, routes
 from .autograd import LinearCall, LinearNLL, apply
 from .options import LikelihoodChoice, LikelihoodOptions
+from .spec import compute_dtype
 
 # Of weights and masks that are multiplied at a time.
 ROWS = 64
@@ -97,7 +98,8 @@ def _value(
     size = (x.shape[0], layer[1].shape[0])
     log_sigma = choice.log_sigma
     if log_sigma is not None and choice.min_log_sigma is not None:
-        log_sigma = objective.soft_floor(log_sigma, choice.min_log_sigma)
+        terms = compute_dtype(layer[0], x, log_sigma, choice.weight)
+        log_sigma = objective.soft_floor(log_sigma, choice.min_log_sigma, terms)
     rest = (_flat(t, x.shape, size) for t in (log_sigma, choice.weight, choice.mask))
     given = (*layer, x if x.layout is torch.sparse_csr else x.reshape(size), *rest)
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in given[:5])

@@ -138,7 +138,7 @@ def rows_nll(
     """``weight`` times the sum of all terms (None without a weight), and the terms in the shape of dimensions ``dims``."""
     log_sigma = choice.log_sigma
     if log_sigma is not None and choice.min_log_sigma is not None:
-        log_sigma = soft_floor(log_sigma, choice.min_log_sigma)
+        log_sigma = soft_floor(log_sigma, choice.min_log_sigma, compute_dtype(x_hat, x, log_sigma, choice.weight))
     order = (*dims, *(d for d in range(x_hat.dim()) if d not in dims))
     tensors = [None if t is None else t.permute(order) for t in (x_hat, x, log_sigma, choice.weight, choice.mask)]
     shape = tensors[0].shape[: len(dims)]
@@ -226,10 +226,10 @@ def elbo(
     return loss + (counted if data.weight is None else data.weight * counted.sum()), nll, kl
 
 
-def soft_floor(log_sigma: Tensor, floor: float) -> Tensor:
-    """``floor + softplus(log_sigma - floor)`` (Rybkin, Daniilidis and Levine 2021, arXiv:2006.13202), in the terms' dtype."""
-    log_sigma = log_sigma.to(compute_dtype(log_sigma))
-    return floor + F.softplus(log_sigma - floor)
+def soft_floor(log_sigma: Tensor, floor: float, dtype: torch.dtype) -> Tensor:
+    """``floor + softplus(log_sigma - floor)``, in ``dtype`` (Rybkin, Daniilidis and Levine 2021, arXiv:2006.13202)."""
+    # F.softplus(v) is v from 20 on, which in float64 leaves out digits.
+    return floor - F.logsigmoid(floor - log_sigma.to(dtype))
 
 
 def controlled(
@@ -303,7 +303,7 @@ def at_optimum(half_squares: Tensor, count: Tensor, choice: LikelihoodChoice) ->
         sums = groups.total(torch.stack(sums), choice.group).unbind()
     log_sigma = 0.5 * torch.log(2.0 * sums[0] / sums[1])
     if choice.min_log_sigma is not None:
-        log_sigma = soft_floor(log_sigma, choice.min_log_sigma)
+        log_sigma = soft_floor(log_sigma, choice.min_log_sigma, log_sigma.dtype)
     return half_squares * torch.exp(-2.0 * log_sigma) + count * (log_sigma + constant_of(choice.spec.family, choice.spec.full))
 
 

@@ -8,10 +8,10 @@ import oracle
 import pytest
 import spies
 import torch
-from tolerances import FLOATS
+from tolerances import FLOATS, compute
 
 import fused_elbo as fe
-from fused_elbo import ops
+from fused_elbo import accuracy, ops
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -104,6 +104,35 @@ def test_log_sigma_of_any_shape(backend, shape, dtype):
     for mine, right in zip((x_hat, x, log_sigma), wide, strict=True):
         assert mine.grad.shape == right.grad.shape
         assert_close(mine.grad, right.grad, dtype)
+
+
+@pytest.mark.parametrize("dtypes", [*((d, d) for d in FLOATS), (torch.float64, torch.float32), (torch.float32, torch.float16)])
+@pytest.mark.parametrize("linear", [False, True], ids=("nll", "linear"))
+def test_a_soft_floor_is_as_exact_as_the_terms(backend, dtypes, linear):
+    """Whatever the dtype of the parameter, near the floor, under it and far above it."""
+    x_hat, x = (oracle.randn(3, 10, seed=k).to(dtypes[0]) for k in range(2))
+    log_sigma = oracle.leaf(torch.linspace(-12, 27, 30).view(3, 10).to(dtypes[1]))
+    options = {"log_sigma": log_sigma, "min_log_sigma": -2.1, "reduction": "none"}
+    ours = (
+        fe.linear_gaussian_nll(x_hat, torch.eye(10, dtype=dtypes[0]), None, x, **options)
+        if linear
+        else fe.nll(x_hat, x, **options)
+    )
+    (gradient,) = oracle.grads(ours.sum(), [log_sigma])
+
+    def lines(dtype):
+        s = oracle.leaf(log_sigma.to(dtype))
+        soft = torch.logaddexp(s, torch.full_like(s, -2.1))
+        squares = ((x_hat.to(dtype) - x.to(dtype)) * torch.exp(-soft)) ** 2
+        terms = 0.5 * squares + soft
+        return terms.sum(1).detach(), oracle.grads(terms.sum(), [s])[0], (squares + soft.abs() + 1).detach()
+
+    (exact, exact_g, magnitude), (eager, eager_g, _) = lines(torch.float64), lines(compute(dtypes[0]))
+    assert ours.dtype == compute(dtypes[0])
+    assert gradient.dtype == dtypes[1]
+    oracle.assert_envelope(ours, exact, eager, ulps=accuracy.SUM_ULPS, terms=magnitude.sum(1), what="nll")
+    slope = torch.sigmoid(log_sigma.detach().double() + 2.1)
+    oracle.assert_envelope(gradient, exact_g, eager_g, terms=magnitude * slope, what="gradient")
 
 
 def there(options):
