@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -174,5 +175,13 @@ def _readable(*tensors: Tensor | None) -> bool:
 
 def _warn(messages: list[str]) -> None:
     for message in messages:
-        # The line that called the public function.
-        warnings.warn(message, UserWarning, stacklevel=5)
+        warnings.warn(message, UserWarning, stacklevel=_users_level())
+
+
+def _users_level() -> int:
+    """The ``stacklevel``, for the caller, of the line that is neither the library's nor of PyTorch, which calls modules."""
+    # ``skip_file_prefixes`` of ``warnings.warn`` comes with Python 3.12.
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (__package__, "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
