@@ -22,7 +22,7 @@ from training_runs import (
 )
 
 from fused_elbo import cli
-from fused_elbo.vae import RunError, TrainConfig, train
+from fused_elbo.vae import RunError, TrainConfig, train, training
 from fused_elbo.vae.comparison import TrainingFailed, _train_in_subprocess, compare, summary, table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,6 +50,8 @@ def test_command_line_errors_of_argparse(args, message, capsys):
         (["--data", "nowhere"], "no digits: looked for"),
         (["--epochs", "0"], "--epochs: got 0"),
         (["--sigma", "nan"], "--sigma: got nan"),
+        (["--latent-dim", "100000000000"], "--latent-dim: got 100000000000, takes an integer"),
+        (["--batch-size", str(10**11)], "--batch-size: got 100000000000, takes an integer"),
         (["--device", "abacus"], "--device: got 'abacus'"),
         (["--resume"], "--resume: there is no checkpoint.pt"),
         (["--loss", "both", "--resume"], "--resume: there is no checkpoint.pt"),
@@ -62,6 +64,50 @@ def test_command_line_errors_are_one_line(args, message, tmp_path, capsys):
     assert captured.err.startswith("python -m fused_elbo train: error: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+def test_a_model_without_room_is_one_line(data, tmp_path, capsys, monkeypatch):
+    # More than there are addresses for: fewer bytes a system may promise, and end the process that believes it.
+    monkeypatch.setattr(training, "build", lambda *_, **__: torch.empty(2**60))
+    assert cli.main(["train", "--out", str(tmp_path / "run"), "--data", data, "--latent-dim", "2147483647"]) == 2
+    err = capsys.readouterr().err
+    assert "error: --latent-dim: got 2147483647, for which this machine has no room: " in err
+    assert err.count("\n") == 1
+    assert ".cpp" not in err
+
+
+MET = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE: got 'many', takes an integer of at least 1, as torchrun sets it"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: got '', takes"),
+        ({"WORLD_SIZE": "-3"}, "WORLD_SIZE: got '-3', takes"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: got '0', takes"),
+        ({"WORLD_SIZE": "2"}, "RANK: got nothing, takes an integer from 0 to 1"),
+        ({**MET, "RANK": "x"}, "RANK: got 'x', takes an integer from 0 to 1, as torchrun sets it"),
+        ({**MET, "RANK": "2"}, "RANK: got '2', takes an integer from 0 to 1"),
+        ({**MET, "RANK": "-1"}, "RANK: got '-1', takes"),
+        ({**MET, "MASTER_ADDR": ""}, "MASTER_ADDR: got nothing, takes the name of"),
+        ({**MET, "MASTER_PORT": "abc"}, "MASTER_PORT: got 'abc', takes an integer from 1 to 65535"),
+        ({**MET, "MASTER_PORT": "99999"}, "MASTER_PORT: got '99999', takes an integer from 1 to 65535"),
+        ({**MET, "MASTER_PORT": "9" * 9999}, "MASTER_PORT: got '9999"),
+    ],
+)
+@pytest.mark.parametrize("loss", ["fused", "both"])
+def test_an_environment_that_names_no_processes_is_one_line(environment, message, loss, tmp_path, capsys, monkeypatch):
+    for name in MET:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", "--out", str(tmp_path / "run"), "--quiet", "--loss", loss, "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("python -m fused_elbo train: error: ")
+    assert err.count("\n") == 1
+    if loss == "fused" or "WORLD_SIZE:" in message:
+        assert message in err
 
 
 def test_a_link_that_leads_to_itself_is_no_folder(tmp_path, capsys):

@@ -7,10 +7,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..arguments import LEAST_SIGMA
 from .model import MODELS
 
 LOSSES = ("fused", "eager")
 HEADS = ("linear", "fused-linear")
+
+# Beyond it there is no machine for a size, and no training that a learning rate would not end.
+MOST = 2**31 - 1
 
 # The options that decide every bit of a run (`epochs` only decides when it ends). A checkpoint resumes with the same ones.
 FIXED_OPTIONS = ("model", "loss", "head", "batch_size", "lr", "latent_dim", "sigma", "beta", "seed", "data", "device")
@@ -70,12 +74,12 @@ class TrainConfig:
         self._check("head", plain or self.model == "mlp", "the model mlp, whose decoder ends in a linear layer")
         self._check("head", plain or self.loss == "fused", "the loss fused")
         for name in ("epochs", "batch_size", "latent_dim"):
-            self._check(name, getattr(self, name) >= 1, "an integer of at least 1")
-        for name in ("lr", "sigma"):
-            value = getattr(self, name)
-            self._check(name, value > 0 and math.isfinite(value), "a positive number")
+            self._check(name, 1 <= getattr(self, name) <= MOST, f"an integer of at least 1, and at most {MOST}")
+        self._check("lr", 0 < self.lr <= MOST, f"a positive number, at most {MOST}")
+        self._check("sigma", LEAST_SIGMA <= self.sigma < math.inf, f"a finite number of at least {LEAST_SIGMA}")
         self._check("beta", self.beta >= 0 and math.isfinite(self.beta), "a number of at least 0")
-        self._check("log_likelihood_samples", self.log_likelihood_samples >= 0, "an integer of at least 0")
+        samples = self.log_likelihood_samples
+        self._check("log_likelihood_samples", 0 <= samples <= MOST, f"an integer of at least 0, and at most {MOST}")
         self._check("seed", 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1")
         self._check("resume", not (self.resume and self.overwrite), "one of resume and overwrite, not both")
 

@@ -80,15 +80,16 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     """The processes that the environment names: those of ``torchrun``, or this one alone.
 
     Raises:
-        RunError: they cannot find each other, or have not a CUDA device each.
+        RunError: they cannot find each other, or have not a CUDA device each; or the environment does not name them.
     """
     if not launched():
         yield ALONE
         return
+    _rank()
     if not dist.is_available():
         raise RunError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but this torch was built without torch.distributed")
     if device.type == "cuda":
-        here, count = int(os.environ.get("LOCAL_RANK", os.environ["RANK"])), torch.cuda.device_count()
+        here, count = _from_environment("LOCAL_RANK", 0, default=str(_rank())), torch.cuda.device_count()
         if device.index is not None or here >= count:
             raise RunError(
                 f"--device: got {device} for process {here} of this machine, takes cuda, where each one has the CUDA device "
@@ -96,6 +97,10 @@ def joined(device: torch.device) -> Iterator[Ranks]:
             )
         torch.cuda.set_device(here)
     ours = not dist.is_initialized()
+    if ours:
+        if not os.environ.get("MASTER_ADDR"):
+            raise RunError("MASTER_ADDR: got nothing, takes the name of the first process's machine, as torchrun sets it")
+        _from_environment("MASTER_PORT", 1, 2**16 - 1)
     try:
         if ours:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -111,13 +116,40 @@ def joined(device: torch.device) -> Iterator[Ranks]:
 
 
 def launched() -> bool:
-    """Whether this process is one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether this process is one of several.
+
+    Raises:
+        RunError: the environment does not say.
+    """
+    return _world_size() > 1
 
 
 def silent() -> bool:
-    """Whether another process does the talking."""
-    return launched() and os.environ.get("RANK", "0") != "0"
+    """Whether another process does the talking; none does for one that does not know its place."""
+    try:
+        return launched() and _rank() > 0
+    except RunError:
+        return False
+
+
+def _world_size() -> int:
+    return _from_environment("WORLD_SIZE", 1, default="1")
+
+
+def _rank() -> int:
+    return _from_environment("RANK", 0, _world_size() - 1)
+
+
+def _from_environment(name: str, least: int, most: int | None = None, default: str | None = None) -> int:
+    """An integer that ``torchrun`` sets."""
+    text = os.environ.get(name, default)
+    # Of digits, and not of thousands, which int() refuses in words of its own.
+    number = int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 20 else None
+    if number is None or not (least <= number and (most is None or number <= most)):
+        got = "nothing" if text is None else repr(text)
+        bound = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise RunError(f"{name}: got {got}, takes an integer {bound}, as torchrun sets it")
+    return number
 
 
 class Objective(nn.Module):

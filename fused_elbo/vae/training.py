@@ -142,7 +142,7 @@ class Trainer:
         self.ranks = ranks
         self.device = torch.device(config.device)
         self.digits = digits._replace(train=digits.train.to(self.device), heldout=digits.heldout.to(self.device))
-        self.model = build(config.model, latent_dim=config.latent_dim, seed=config.seed).to(self.device)
+        self.model = _built(config).to(self.device)
         self.noise = torch.Generator(self.device).manual_seed(config.seed)
         self.model.latent.generator = self.noise
         self.objective = parallel.Objective(self.model, config.loss, config.beta, config.sigma, config.head)
@@ -340,6 +340,15 @@ def describe(epoch: dict[str, Any], epochs: int) -> str:
 
 def _terms(nll: float, kl: float) -> dict[str, float]:
     return {"elbo": -nll - kl, "nll": nll, "kl": kl}
+
+
+def _built(config: TrainConfig) -> VAE:
+    try:
+        return build(config.model, latent_dim=config.latent_dim, seed=config.seed)
+    except RuntimeError as error:
+        # Of what it lacks torch says where in its own code that was noticed.
+        reason = str(error).splitlines()[0].rpartition("] ")[2]
+        raise RunError(f"--latent-dim: got {config.latent_dim}, for which this machine has no room: {reason}") from error
 
 
 def _device(name: str) -> torch.device:
