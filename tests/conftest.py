@@ -136,3 +136,24 @@ def config(data, tmp_path):
     from fused_elbo.vae import TrainConfig
 
     return TrainConfig(epochs=2, data=data, device="cpu", out=str(tmp_path / "run"), quiet=True)
+
+
+@pytest.fixture(scope="session")
+def diffusers():
+    return pytest.importorskip("diffusers")
+
+
+@pytest.fixture(scope="session")
+def original(diffusers) -> type:
+    """The distribution of diffusers itself."""
+    from diffusers.models.autoencoders import vae
+
+    return vae.DiagonalGaussianDistribution
+
+
+@pytest.fixture
+def calls(monkeypatch, device) -> list[str]:
+    """The names of the latent operations that the device's backend is asked for."""
+    import spies
+
+    return spies.counted(monkeypatch, device)

@@ -1,13 +1,8 @@
-"""Several processes on one batch: DDP, FSDP2, DTensor, process groups and torchrun, against one process. Gloo, on the CPU."""
+"""Several processes on one batch: DDP, FSDP2, DTensor and process groups, against one process. Gloo, on the CPU."""
 
 from __future__ import annotations
 
 import datetime
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from training_runs import RUN_FILES, checkpoint
 
 import fused_elbo as fe
-from fused_elbo.vae import TrainConfig, build, load_digits, train
+from fused_elbo.vae import TrainConfig, build, load_digits
 from fused_elbo.vae.parallel import ALONE, Ranks
 from fused_elbo.vae.training import Trainer
 
@@ -375,49 +369,3 @@ def test_several_processes_are_one(size, alone, data, tmp_path):
     for (name, even), values in found["shared"].items():
         for mine, theirs in zip(values, alone["shared"][name], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12, msg=lambda m, n=name, e=even: f"{n}, {e}: {m}")
-
-
-def torchrun(*args: object) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fused_elbo"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.Popen([*command, *map(str, args)], env=environment, **pipes)
-
-
-def test_train_under_torchrun(data, tmp_path):
-    options = ("--data", data, "--device", "cpu", "--batch-size", 90, "--log-likelihood-samples", 2)
-    out = tmp_path / "two"
-    process = torchrun("train", *options, "--epochs", 1, "--out", out)
-    text, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, err
-    assert text.count("epoch 1/1: ELBO") == text.count(f"wrote {out}") == 1
-    assert {path.name for path in out.iterdir()} == RUN_FILES
-
-    config = TrainConfig(epochs=2, batch_size=90, data=data, device="cpu", out=str(tmp_path / "one"), quiet=True)
-    whole = train(config)
-    process = torchrun("train", "--resume", "--epochs", 10000, "--out", out)
-    deadline = time.monotonic() + SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        if len(json.loads((out / "metrics.json").read_text())["epochs"]) >= 2:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=SECONDS)
-    assert err.count(f"python -m fused_elbo train --out {out} --resume") == 1, err
-
-    state = checkpoint(TrainConfig(out=str(out)))
-    steps = state["metrics"]["steps"]
-    per_epoch = len(whole["steps"]["loss"]) // 2
-    assert state["epochs_done"] * per_epoch + state["position"] == len(steps["loss"]) >= 2 * per_epoch
-    for name in ("loss", "nll", "kl"):
-        assert steps[name][: 2 * per_epoch] == pytest.approx(whole["steps"][name], rel=1e-5)
-    for mine, theirs in zip(state["metrics"]["epochs"], whole["epochs"], strict=False):
-        for part in ("train", "heldout"):
-            assert mine[part] == pytest.approx(theirs[part], rel=1e-5)
-
-
-def test_errors_under_torchrun_are_said_once(tmp_path):
-    process = torchrun("train", "--loss", "both", "--out", tmp_path / "both")
-    _, err = process.communicate(timeout=SECONDS)
-    assert process.returncode != 0
-    assert err.count("error: --loss: got both under torchrun, takes fused or eager") == 1

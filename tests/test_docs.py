@@ -24,7 +24,7 @@ DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.m
 # Run by tests of their own, which look at more than that they run.
 ELSEWHERE = {
     "classic_script.md": "test_training_loops.py",
-    "diffusers.md": "test_diffusers.py",
+    "diffusers.md": "test_diffusers_models.py",
     "distributions.md": "test_distributions.py",
     "linear_head.md": "test_linear_docs.py",
     "messages.md": "test_diagnostics.py",
