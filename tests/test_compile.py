@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import mpmath
 import oracle
 import pytest
+import spies
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import fused_elbo as fe
-from fused_elbo import accuracy, routes
+from fused_elbo import accuracy, ops, routes
 
 
 class Model(torch.nn.Module):
@@ -81,6 +84,22 @@ def test_on_a_cpu_the_compiler_has_the_plain_formulas():
     with fe.backend("reference"):
         assert operators_of(model, x) == {"draw_seed", "latent", "gaussian"}
     assert operators_of(Model(*OPTIONS["both sides"]), x) == {"draw_seed", "sample", "nll"}
+
+
+@pytest.mark.parametrize(("likelihood", "an_operator"), [("gaussian", not routes.UNREAD), ("laplace", True)])
+def test_what_a_graph_notices_of_a_later_backend(monkeypatch, likelihood, an_operator):
+    monkeypatch.delenv(ops.ENVIRONMENT_VARIABLE, raising=False)
+    x_hat, x = (oracle.randn(3, 4, seed=k, device="cpu") for k in range(2))
+    function = fe.gaussian_nll if likelihood == "gaussian" else functools.partial(fe.nll, likelihood=likelihood)
+    graph = torch.compile(lambda t: function(t, x), fullgraph=True, backend="aot_eager")
+    graph(x_hat)
+    with fe.backend("reference"):
+        calls = spies.counted(monkeypatch, x.device, ("elbo", "likelihood"))
+        graph(x_hat)
+        assert len(calls) == an_operator
+        torch.compiler.reset()
+        graph(x_hat)
+        assert len(calls) == an_operator + 1
 
 
 @pytest.mark.parametrize("v", [0.0, 1e-6, -1e-3, 0.3, 40.0, -40.0])
