@@ -1,6 +1,7 @@
 """What the Triton kernels do as they are compiled: run by a machine for their PTX (tests/ptx), which `make ptx` chooses."""
 
 import conftest
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -71,6 +72,16 @@ def loss() -> torch.Tensor:
     """Of rows that several blocks share, so that the last of them adds up what all have left."""
     x_hat, x = leaves(3, 5000, count=2)
     return fe.gaussian_nll(x_hat, x, reduction="none").detach()
+
+
+@pytest.mark.parametrize("together", [1, 300, 2**14])
+def test_the_order_of_blocks_does_not_matter(together, monkeypatch):
+    """Whoever is last adds up what all have left, in the same order: same inputs, same bits."""
+    right = loss()
+    monkeypatch.setattr(settings, "together", together)
+    for order in (np.flip, np.random.default_rng(SEED).permutation):
+        monkeypatch.setattr(settings, "order", order)
+        assert torch.equal(loss(), right)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from fused_elbo.backends import triton as backend
 from fused_elbo.codegen.hardware import LANES_PER_WARP
 from fused_elbo.codegen.triton_kernels import Driver
 
-from .machine import TOGETHER, Machine
+from .machine import Machine
 from .memory import Global, tensors_in
 from .program import Program, parse
-from .units import Error
+from .units import Error, Values
 
 ARCHITECTURE = 90
 
@@ -40,11 +40,15 @@ class Settings:
     Attributes:
         error: of the special-function unit.
         edit: what is done to a kernel's text before it is run.
+        order: of the blocks of a grid.
+        together: threads that run at a time; more take less time and more memory.
         launches: in their order.
     """
 
     error: Error = Error.NONE
     edit: Callable[[str], str] = str
+    order: Callable[[Values], Values] = np.asarray
+    together: int = 2**14
     launches: list[Launch] = dataclasses.field(default_factory=list)
 
 
@@ -77,8 +81,8 @@ def execute(kernel: Any, given: dict[str, Any], grid: tuple[int, ...]) -> None:
     memory = Global([t for value in given.values() for t in tensors_in(value)])
     grid = (*grid, 1, 1)[:3]
     threads = kernel.metadata.num_warps * LANES_PER_WARP
-    blocks = np.arange(int(np.prod(grid)))
-    together = max(1, TOGETHER // threads)
+    blocks = settings.order(np.arange(int(np.prod(grid))))
+    together = max(1, settings.together // threads)
     for first in range(0, len(blocks), together):
         Machine(
             program, blocks[first : first + together], grid, threads, arguments, memory, kernel.metadata.shared, settings.error

@@ -12,8 +12,6 @@ from .program import CONTROL, Address, Instruction, Operand, Program
 from .units import SIGNED, TYPES, UNSIGNED, Error, Values
 
 WARP = 32
-# Threads that are executed together; more cost less time and more memory.
-TOGETHER = 2**14
 # Types of numbers that registers hold as words, or in pairs.
 SHORT = {"bf16": "b16", "bf16x2": "b32", "f16x2": "b32"}
 
