@@ -8,7 +8,6 @@ import math
 import oracle
 import pytest
 import torch
-from sklearn.datasets import load_digits
 
 import fused_elbo as fe
 
@@ -157,7 +156,8 @@ class LinearModel:
     """
 
     def __init__(self) -> None:
-        x = torch.as_tensor(load_digits().data, device=torch.get_default_device()) / 16
+        digits = pytest.importorskip("sklearn.datasets").load_digits()
+        x = torch.as_tensor(digits.data, device=torch.get_default_device()) / 16
         self.mean = x.mean(0)
         centred = x - self.mean
         values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
