@@ -29,7 +29,12 @@ def write_digits(folder: Path) -> None:
 
 def command(*args: object, **options: object) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    return subprocess.Popen([sys.executable, "-m", "fused_elbo", *map(str, args)], **{**pipes, **options})
+    # Where tests run in the background of a shell Ctrl-C is ignored, by every process that they start.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return subprocess.Popen([sys.executable, "-m", "fused_elbo", *map(str, args)], **{**pipes, **options})
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def checkpoint(config: TrainConfig) -> dict:
