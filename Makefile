@@ -108,9 +108,13 @@ gpu: build
 	mkdir -p $(RUNS)
 	$(BIN)/python -m fused_elbo doctor
 	$(BIN)/python -m pytest tests/test_cuda.py
-	for tool in memcheck racecheck; do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool $(BIN)/python -m benchmarks.every_kernel || exit 1; done
-	$(BIN)/python -m pytest -n auto
+	# By itself it does not fail for what it finds; and a call of CUDA's that fails may be a try of torch's.
+	if command -v compute-sanitizer; then for tool in "memcheck --report-api-errors no" racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	  $(BIN)/python -m benchmarks.every_kernel || exit 1; done; \
+	else echo "compute-sanitizer is not in PATH: nobody watches the kernels"; fi
+	# What ran first takes some 12 GiB a test, which not every GPU has for all processors at once.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --ignore tests/test_cuda.py
 	$(MAKE) bench
 
 clean:
