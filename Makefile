@@ -12,7 +12,7 @@ BUILD := $(BIN)/python csrc/build.py $(STRICT)
 # Of what PyTorch does around the operations nothing depends on the instruction set.
 ELSEWHERE := native_library native_codegen compile operators func amp
 NATIVE_TESTS := FUSED_ELBO_REQUIRE_BACKENDS=native $(BIN)/python -m pytest -n auto -k native $(ELSEWHERE:%=--ignore tests/test_%.py)
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/ptx/*.cpp)
 
 .PHONY: demo test codegen instruction-sets ptx cpu-library build wheel sanitize lint docs format check doctor bench microbench gpu clean
 
@@ -48,12 +48,14 @@ test: lint docs cpu-library
 	$(MAKE) instruction-sets
 	$(MAKE) ptx PTX="$(PTX_FIRST)"
 
-# The Triton kernels as they are compiled for a GPU, run without one by the machine for PTX in tests/ptx. PTX=tests for all of them.
+# The kernels as they are compiled for a GPU, run without one by the machine for PTX in tests/ptx; the CUDA library's where nvcc has built it.
+# PTX=tests for all of their tests.
 PTX ?= tests
 PTX_FIRST := $(addprefix tests/test_,ptx.py latent.py nll.py elbo.py)
 ptx: export OMP_NUM_THREADS = 1
 ptx: $(READY)
-	FUSED_ELBO_TRITON=ptx FUSED_ELBO_REQUIRE_BACKENDS=triton $(BIN)/python -m pytest -n auto -q -k "triton or ptx" $(PTX)
+	for backend in triton $(if $(wildcard build/objects/cuda/*.o),native); do \
+	  FUSED_ELBO_PTX=$$backend FUSED_ELBO_REQUIRE_BACKENDS=$$backend $(BIN)/python -m pytest -n auto -q -k "$$backend or ptx" $(PTX) || exit 1; done
 
 # The native backend's tests on the instruction sets of this processor that are not its best.
 instruction-sets: cpu-library

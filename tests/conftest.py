@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import os
 
@@ -12,20 +13,18 @@ import torch
 
 # Both are read when a library is first used, so they stand before the import of ours.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# "ptx": without a GPU the Triton kernels are compiled for one and run by the machine in tests/ptx, not interpreted.
-if not torch.cuda.is_available() and os.environ.get("FUSED_ELBO_TRITON") != "ptx":
+if not torch.cuda.is_available() and "triton" not in os.environ.get("FUSED_ELBO_PTX", ""):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fused_elbo as fe
 from fused_elbo import ops
 
-MACHINE = os.environ.get("FUSED_ELBO_TRITON") == "ptx" and not torch.cuda.is_available()
-if MACHINE:
-    from ptx import launch
-
-    launch.install()
-
 REQUIRED = os.environ.get("FUSED_ELBO_REQUIRE_BACKENDS", "").replace(",", " ").split()
+
+# Backends whose kernels, without a GPU, are compiled for one and run by the machine in tests/ptx.
+PTX = [] if torch.cuda.is_available() else os.environ.get("FUSED_ELBO_PTX", "").replace(",", " ").split()
+for name in PTX:
+    importlib.import_module(f"ptx.{name}").install()
 
 hypothesis.settings.register_profile(
     "fused_elbo",
@@ -72,8 +71,8 @@ def backend(request, device):
 
 @pytest.fixture
 def interpreted(backend, device) -> bool:
-    """Whether kernels run one program at a time in Python, where sizes and counts must stay small."""
-    return backend == "triton" and device.type == "cpu"
+    """Whether kernels are run in Python, where sizes and counts must stay small."""
+    return backend in ("triton", *PTX) and device.type == "cpu"
 
 
 @pytest.fixture(params=("narrow", "wide"))
@@ -102,7 +101,7 @@ def every(backend):
     def decorate(strategy):
         def run(check):
             # Triton takes its time for each, to interpret a kernel or to compile one.
-            settings = hypothesis.settings(max_examples=12 if backend == "triton" else 60)
+            settings = hypothesis.settings(max_examples=12 if backend in ("triton", *PTX) else 60)
             settings(hypothesis.given(strategy)(check))()
 
         return run

@@ -1,4 +1,4 @@
-"""What the Triton kernels do as they are compiled: run by a machine for their PTX (tests/ptx), which `make ptx` chooses."""
+"""What the kernels do as they are compiled: run by a machine for their PTX (tests/ptx), which `make ptx` chooses."""
 
 import conftest
 import numpy as np
@@ -11,9 +11,9 @@ from fused_elbo import reference
 from fused_elbo.accuracy import KL_RELATIVE, NOISE
 from fused_elbo.spec import Noise
 
-pytestmark = pytest.mark.skipif(not conftest.MACHINE, reason="FUSED_ELBO_TRITON=ptx runs the kernels' PTX")
+pytestmark = pytest.mark.skipif("triton" not in conftest.PTX, reason="FUSED_ELBO_PTX=triton runs the kernels' PTX")
 
-if conftest.MACHINE:
+if conftest.PTX:
     from ptx.launch import settings
     from ptx.memory import Fault
     from ptx.units import Error

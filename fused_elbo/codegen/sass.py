@@ -294,6 +294,10 @@ class Tools:
                 for function in self.functions(cubin, switches=True):
                     yield int(re.search(r"\.sm_(\d+)", cubin.name)[1]), function
 
+    def ptx(self, library: Path) -> str:
+        """The PTX that a shared library carries, of all its modules."""
+        return self._run("cuobjdump", "-ptx", library)
+
     def _run(self, program: str, *arguments: str | Path, cwd: str | None = None) -> str:
         command = [str(self.folder / program), *map(str, arguments)]
         return subprocess.run(command, check=True, capture_output=True, text=True, cwd=cwd).stdout

@@ -1,27 +1,17 @@
-"""In place of a GPU: Triton compiles a launch for one, and the machine runs it on tensors on the CPU."""
+"""Launches: what all have in common, wherever they come from, and how they are run."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import struct
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
-import triton
-from triton.runtime.jit import JITFunction
-
-from fused_elbo.backends import triton as backend
-from fused_elbo.codegen.hardware import LANES_PER_WARP
-from fused_elbo.codegen.triton_kernels import Driver
 
 from .machine import Machine
-from .memory import Global, tensors_in
-from .program import Program, parse
+from .memory import Global, Region
+from .program import Program
 from .units import Error, Values
-
-ARCHITECTURE = 90
 
 
 class Launch(NamedTuple):
@@ -55,56 +45,15 @@ class Settings:
 settings = Settings()
 
 
-def install() -> None:
-    """From here on every launch of a Triton kernel is run by the machine."""
-    triton.runtime.driver.set_active(Driver(ARCHITECTURE))
-    compile_ = JITFunction.run
-
-    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = compile_(self, *args, grid=grid, warmup=True, **options)
-        if not warmup:
-            names = [p.name for p in self.params]
-            given = dict(zip(names, args, strict=False)) | {n: v for n, v in options.items() if n in names}
-            execute(kernel, given, grid)
-        return kernel
-
-    JITFunction.run = run
-    backend.unavailable = lambda device_type: None if device_type == "cpu" else f"the machine is not for {device_type!r}"
-
-
-def execute(kernel: Any, given: dict[str, Any], grid: tuple[int, ...]) -> None:
-    program = _program(settings.edit(kernel.asm["ptx"]))
-    signature = kernel.src.signature
-    arguments = [word for name, kind in signature.items() for word in _words(kind, given.get(name))]
-    # Behind them the compiler has pointers to scratch memory, which none of these kernels asks for.
-    arguments += [0] * (len(program.parameters) - len(arguments))
-    memory = Global([t for value in given.values() for t in tensors_in(value)])
-    grid = (*grid, 1, 1)[:3]
-    threads = kernel.metadata.num_warps * LANES_PER_WARP
+def run(
+    name: str, program: Program, grid: tuple[int, ...], threads: int, arguments: bytes, regions: Iterable[Region],
+    variables: dict[str, Region], shared: int = 0,
+) -> None:  # fmt: skip
+    """One launch; ``shared`` bytes of shared memory are brought along."""
+    memory = Global(regions)
     blocks = settings.order(np.arange(int(np.prod(grid))))
     together = max(1, settings.together // threads)
     for first in range(0, len(blocks), together):
-        Machine(
-            program, blocks[first : first + together], grid, threads, arguments, memory, kernel.metadata.shared, settings.error
-        ).run()
-    settings.launches.append(Launch(kernel.metadata.name, memory.read, memory.written, memory.moved))
-
-
-@functools.cache
-def _program(text: str) -> Program:
-    return parse(text)
-
-
-def _words(kind: Any, value: Any) -> Iterator[int]:
-    """An argument as the words of its parameters; what was compiled in has none."""
-    if isinstance(kind, tuple):
-        for k, v in zip(kind, value, strict=True):
-            yield from _words(k, v)
-    elif kind == "constexpr":
-        return
-    elif kind.startswith("*"):
-        yield value.data_ptr()
-    elif kind == "fp32":
-        yield struct.unpack("I", struct.pack("f", value))[0]
-    else:
-        yield int(value)
+        some = blocks[first : first + together]
+        Machine(program, some, grid, threads, arguments, memory, variables, shared, settings.error).run()
+    settings.launches.append(Launch(name, memory.read, memory.written, memory.moved))

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import units
-from .memory import Fault, Global, Shared
+from .memory import Fault, Global, Region, Shared
 from .program import CONTROL, Address, Instruction, Operand, Program
 from .units import SIGNED, TYPES, UNSIGNED, Error, Values
 
 WARP = 32
 # Types of numbers that registers hold as words, or in pairs.
-SHORT = {"bf16": "b16", "bf16x2": "b32", "f16x2": "b32"}
+SHORT = {"bf16": "b16", "bf16x2": "b32", "f16x2": "b32", "f32x2": "b64"}
 
 Threads = Values | slice
 
@@ -22,8 +22,8 @@ class Machine:
     """Runs blocks ``blocks`` of a grid, of ``threads`` threads each."""
 
     def __init__(
-        self, program: Program, blocks: Values, grid: Sequence[int], threads: int, arguments: Sequence[int], memory: Global,
-        shared: int, error: Error,
+        self, program: Program, blocks: Values, grid: Sequence[int], threads: int, arguments: bytes, memory: Global,
+        variables: dict[str, Region], shared: int, error: Error,
     ) -> None:  # fmt: skip
         self.program, self.memory, self.error = program, memory, error
         count = len(blocks) * threads
@@ -32,10 +32,12 @@ class Machine:
         self.block = np.repeat(np.arange(len(blocks)), threads)
         self.number = np.repeat(blocks, threads)
         self.warp = np.arange(count) // WARP
-        self.synchronised = np.zeros(count, dtype=bool)
+        # Which blocks have passed an atomic operation, and then a fence.
+        self.arrived, self.synchronised = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
         self.threads = threads
-        self.shared = Shared(len(blocks), shared)
-        self.arguments = dict(zip((name for name, _ in program.parameters), arguments, strict=True))
+        self.shared = Shared(len(blocks), program.shared_bytes + shared)
+        self.arguments = np.frombuffer(arguments, dtype="u1")
+        self.names = program.parameters | program.shared | {name: region.start for name, region in variables.items()}
         # A register that is read before it is written must not look like a number.
         self.registers = {
             name: np.zeros(count, dtype=bool) if bits == 1 else np.full(count, 0xDEADBEEF_DEADBEEF, "u8").astype(UNSIGNED[bits])
@@ -74,7 +76,7 @@ class Machine:
             self.shared.synchronise(int(block))
             # A barrier orders all of a block behind an atomic operation of one of its threads.
             chosen = self.block == block
-            self.synchronised[chosen] = self.synchronised[chosen].any()
+            self.arrived[chosen], self.synchronised[chosen] = self.arrived[chosen].any(), self.synchronised[chosen].any()
 
     def _whole_warps(self, here: Values) -> Values:
         """Of threads at an instruction of whole warps those whose warp is there; the others are held until it is."""
@@ -125,21 +127,26 @@ class Machine:
         return np.flatnonzero(holds) if isinstance(threads, slice) else threads[holds]
 
     def _execute(self, instruction: Instruction, threads: Threads) -> None:
-        name, modifiers, operands = instruction.name, instruction.modifiers, instruction.operands
-        special = getattr(self, f"_{name}", None)
-        if special is not None:
-            special(modifiers, operands, threads)
-            return
-        if name in units.APPROXIMATE and "approx" in modifiers:
-            (value,) = self._numbers(operands[1], modifiers[-1], threads)
-            found = [units.approximate(name, value, self.error)]
+        special = getattr(self, f"_{instruction.name}", None)
+        if special is None:
+            self._compute(instruction.name, instruction.modifiers, instruction.operands, threads)
         else:
-            compute = (units.NAN if "NaN" in modifiers else units.TWO if name in units.TWO else units.ONE)[name]
-            values = [self._numbers(o, modifiers[-1], threads) for o in operands[1:]]
-            if "ftz" in modifiers:
-                values = [[units.flushed(v) for v in one] for one in values]
+            special(instruction.modifiers, instruction.operands, threads)
+
+    def _compute(self, name: str, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        """A function of values of one type."""
+        kind = modifiers[-1]
+        values = [self._numbers(o, kind, threads) for o in operands[1:]]
+        if "ftz" in modifiers:
+            values = [[units.flushed(v) for v in one] for one in values]
+        if name in units.APPROXIMATE and "approx" in modifiers:
+            found = [units.approximate(name, values[0][0], self.error)]
+        else:
+            compute = (units.NAN if "NaN" in modifiers else units.DOWN if "rm" in modifiers else units.COMPUTED)[name]
             found = [compute(*each) for each in zip(*values, strict=True)]
-        self._write(operands[0], units.joined(found, modifiers[-1]) if modifiers[-1] in SHORT else found[0], threads)
+        if "sat" in modifiers:
+            found = [units.saturated(v) for v in found]
+        self._write(operands[0], units.joined(found, kind) if kind in SHORT else found[0], threads)
 
     # Operands.
 
@@ -155,8 +162,8 @@ class Machine:
         count = len(self.place) if isinstance(threads, slice) else len(threads)
         if operand in self.special:
             return self.special[operand][threads].astype(kind)
-        if operand == "global_smem":
-            return np.zeros(count, dtype=kind)
+        if operand in self.names:
+            return np.full(count, self.names[operand], dtype=kind)
         if operand[:2] in ("0f", "0d"):
             word = np.array(int(operand[2:], 16), dtype="u4" if operand[1] == "f" else "u8")
             number = word.view("f4" if operand[1] == "f" else "f8").astype(kind) if kind.kind == "f" else word.astype(kind)
@@ -190,9 +197,7 @@ class Machine:
             register[threads] = units.bits_of(values).astype(register.dtype, copy=False)
 
     def _address(self, address: Address, threads: Threads) -> Values:
-        base = np.uint64(0) if address.base == "global_smem" else self._read(address.base, TYPES["u64"], threads)
-        count = len(self.place) if isinstance(threads, slice) else len(threads)
-        return np.full(count, base, dtype="u8") + np.uint64(address.offset % 2**64)
+        return self._read(address.base, TYPES["u64"], threads) + np.uint64(address.offset % 2**64)
 
     # Instructions that are not a function of values of one type.
 
@@ -205,14 +210,12 @@ class Machine:
         return a * b
 
     def _mul(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        if not {"wide", "hi"}.intersection(modifiers):
+            self._compute("mul", modifiers, operands, threads)
+            return
         kind = TYPES[modifiers[-1]]
-        if "wide" in modifiers:
-            found = self._wide(kind, operands[1:], threads)
-        elif "hi" in modifiers:
-            found = (self._wide(kind, operands[1:], threads) >> 8 * kind.itemsize).astype(kind)
-        else:
-            found = np.multiply(*(self._read(o, kind, threads) for o in operands[1:]))
-        self._write(operands[0], found, threads)
+        product = self._wide(kind, operands[1:], threads)
+        self._write(operands[0], product if "wide" in modifiers else (product >> 8 * kind.itemsize).astype(kind), threads)
 
     def _mad(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
         kind = TYPES[modifiers[-1]]
@@ -221,9 +224,6 @@ class Machine:
         else:
             product = np.multiply(*(self._read(o, kind, threads) for o in operands[1:3]))
         self._write(operands[0], product + self._read(operands[3], product.dtype, threads), threads)
-
-    def _fma(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
-        self._write(operands[0], units.fused(*(self._read(o, TYPES[modifiers[-1]], threads) for o in operands[1:])), threads)
 
     def _shl(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads, name: str = "shl") -> None:
         a, by = self._read(operands[1], TYPES[modifiers[-1]], threads), self._read(operands[2], TYPES["u32"], threads)
@@ -256,30 +256,31 @@ class Machine:
             found = units.joined([low, high], to)
         else:
             (number,) = self._numbers(operands[1], source, threads)
+            number = units.saturated(number) if "sat" in modifiers else number
             found = units.joined([number], to) if to in SHORT else number.astype(TYPES[to])
         self._write(operands[0], found, threads)
 
     def _ld(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
         kind, (to, address) = TYPES[modifiers[-1]], operands
         registers = to if isinstance(to, tuple) else (to,)
+        places, bits = self._address(address, threads), 8 * kind.itemsize
         if modifiers[0] == "param":
-            found = self._argument(address.base, kind, threads)[:, None]
+            found = self._argument(places, kind, len(registers))
+        elif modifiers[0] == "shared":
+            found = self.shared.load(places, bits, len(registers), self.block[threads], self.warp[threads])
         else:
-            places, bits = self._address(address, threads), 8 * kind.itemsize
-            if modifiers[0] == "shared":
-                found = self.shared.load(places, bits, len(registers), self.block[threads], self.warp[threads])
-            else:
-                found = self.memory.load(
-                    places, bits, len(registers), self.number[threads], self.warp[threads], self.synchronised[threads],
-                    cached="cg" not in modifiers,
-                )  # fmt: skip
+            found = self.memory.load(
+                places, bits, len(registers), self.number[threads], self.warp[threads], self.synchronised[threads],
+                cached="cg" not in modifiers,
+            )  # fmt: skip
         for register, column in zip(registers, found.T, strict=True):
             self._write(register, np.ascontiguousarray(column).view(kind), threads)
 
-    def _argument(self, name: str, kind: np.dtype, threads: Threads) -> Values:
-        count = len(self.place) if isinstance(threads, slice) else len(threads)
-        word = self.arguments[name] & (2 ** (8 * kind.itemsize) - 1)
-        return np.full(count, word, dtype=UNSIGNED[8 * kind.itemsize]).view(kind)
+    def _argument(self, places: Values, kind: np.dtype, count: int) -> Values:
+        same = (places == places[0]).all()
+        wanted = (places[:1] if same else places)[:, None] + np.arange(count * kind.itemsize, dtype="u8")
+        found = self.arguments[wanted].view(UNSIGNED[8 * kind.itemsize])
+        return np.repeat(found, len(places), axis=0) if same else found
 
     def _st(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
         address, given = operands
@@ -293,23 +294,30 @@ class Machine:
             self.memory.store(places, numbers, self.number[threads], self.warp[threads])
 
     def _atom(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
-        kind, (to, address, given) = TYPES[modifiers[-1]], operands
-        if modifiers[-2] != "add" or "acq_rel" not in modifiers:
+        kind, (to, address, given), how = TYPES[modifiers[-1]], operands, modifiers[-2]
+        ordered = "acq_rel" in modifiers
+        if how not in ("add", "inc") or "relaxed" in modifiers:
             raise NotImplementedError(".".join(modifiers))
         threads = np.arange(len(self.place))[threads]
-        places, added = self._address(address, threads), self._read(given, kind, threads)
+        places, values = self._address(address, threads), self._read(given, kind, threads)
         everybody = np.full(1, True)
         for k in range(len(threads)):
             # Whoever comes sees what all before have released.
             one, place = threads[k : k + 1], places[k : k + 1]
             who = self.number[one], self.warp[one]
             old = self.memory.load(place, 8 * kind.itemsize, 1, *who, everybody, cached=False)
-            self.memory.store(place, old + added[k], *who)
+            new = old + values[k] if how == "add" else np.where(old >= values[k], 0, old + 1).astype(old.dtype)
+            self.memory.store(place, new, *who)
             self._write(to, old[:, 0], one)
-        self.synchronised[threads] = True
+        (self.synchronised if ordered else self.arrived)[threads] = True
+
+    def _membar(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        self.synchronised[threads] |= self.arrived[threads]
 
     def _shfl(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
         to, given, by, clamp, members = operands
+        # Whether the other lane is there is known.
+        to = to[0] if isinstance(to, tuple) else to
         chosen = np.arange(len(self.place))[threads]
         lane = chosen % WARP
         if (members, clamp) != ("-1", "31"):
@@ -318,6 +326,20 @@ class Machine:
         source = lane ^ amount if modifiers[1] == "bfly" else amount % WARP
         values = self._read(given, TYPES["b32"], threads)
         self._write(to, values[np.arange(len(chosen)) - lane + source], threads)
+
+    def _redux(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        if modifiers[1] != "or":
+            raise NotImplementedError(".".join(modifiers))
+        found = np.bitwise_or.reduce(self._read(operands[1], TYPES["b32"], threads).reshape(-1, WARP), axis=1)
+        self._write(operands[0], np.repeat(found, WARP), threads)
+
+    def _popc(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        words = np.ascontiguousarray(self._read(operands[1], TYPES[modifiers[-1]], threads))
+        bits = np.unpackbits(words.view("u1").reshape(len(words), -1), axis=1)
+        self._write(operands[0], bits.sum(axis=1, dtype="u4"), threads)
+
+    def _cvta(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
+        self._mov(modifiers, operands, threads)
 
     def _ldmatrix(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
         """Four matrices of 8 rows of 16 bytes; lane 8 m + r has the address of row r of matrix m."""

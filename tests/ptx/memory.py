@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .units import UNSIGNED, Values
 
@@ -16,12 +17,19 @@ NOBODY = -1
 SECTOR = 32
 
 
+class Region(NamedTuple):
+    """Bytes that may be read and written."""
+
+    start: int
+    size: int
+
+
 class Fault(RuntimeError):
     """What a GPU, or a checker of its memory, would have stopped at."""
 
 
 class Global:
-    """The memory of tensors that a launch was given.
+    """The memory that a launch was given.
 
     A block sees what another has written in the same launch only past its first cache, and only after an atomic operation.
 
@@ -31,10 +39,9 @@ class Global:
             did not ask for beside it.
     """
 
-    def __init__(self, tensors: list[Tensor]) -> None:
-        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors) if s.nbytes()}
-        self.starts = np.array(sorted(storages), dtype="u8")
-        self.sizes = np.array([storages[int(s)] for s in self.starts], dtype="u8")
+    def __init__(self, regions: Iterable[Region]) -> None:
+        found = sorted({r for r in regions if r.size})
+        self.starts, self.sizes = np.array(found, dtype="u8").reshape(-1, 2).T
         self.bytes = [_bytes(int(s), int(n)) for s, n in zip(self.starts, self.sizes, strict=True)]
         self.writers = [np.full(int(n), NOBODY, dtype="i4") for n in self.sizes]
         self.read = self.written = self.moved = 0
@@ -130,8 +137,11 @@ def _moved(addresses: Values, warps: Values) -> int:
     return SECTOR * len(np.unique(np.stack((warps.astype("u8"), addresses // np.uint64(SECTOR)), axis=1), axis=0))
 
 
-def tensors_in(value: object) -> list[Tensor]:
-    """The tensors among a launch's arguments, tuples looked into."""
+def regions_of(value: object) -> Iterator[Region]:
+    """The memory of the tensors among a launch's arguments, tuples looked into."""
     if isinstance(value, torch.Tensor):
-        return [value]
-    return [t for v in value for t in tensors_in(v)] if isinstance(value, (tuple, list)) else []
+        storage = value.untyped_storage()
+        yield Region(storage.data_ptr(), storage.nbytes())
+    elif isinstance(value, (tuple, list)):
+        for v in value:
+            yield from regions_of(v)

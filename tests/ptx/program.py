@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
-# Registers by the first letters of their names, longest first, and their bits.
-_DECLARED = re.compile(r"\.reg\s+\.(pred|b16|b32|b64|f32|f64)\s+(%?\w+?)(?:<(\d+)>)?;")
-_PARAMETER = re.compile(r"\.param\s+\.(\w+)\s+(?:\.ptr\s[^,)]*?)?(\w+)\s*[,)\n]")
+_DECLARED = re.compile(r"\.reg\s+\.(pred|[bf]\d+)\s+([^;]+);")
+# In a parameter's declaration its type, name and length stand, and for a pointer what it points to.
+_PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.[a-z](\d+)\s+(?:\.ptr\s.*?)?(\w+)(?:\[(\d+)\])?\s*,?\s*$", re.MULTILINE
+)
+_VARIABLE = re.compile(
+    r"^\s*(?:\.(extern)\s+)?\.(shared|global)\s+\.align\s+(\d+)\s+\.[a-z](\d+)\s+(\w+)(?:\[(\d*)\])?;", re.MULTILINE
+)
 _TABLE = re.compile(r"(\$\w+):\s*\.branchtargets([^;]*);")
 _LABEL = re.compile(r"^(\$?\w+):$")
 CONTROL = frozenset(("bra", "brx", "bar", "ret"))
-_BITS = {"pred": 1, "b16": 16, "b32": 32, "f32": 32, "b64": 64, "f64": 64}
 
 
 class Address(NamedTuple):
@@ -43,7 +49,11 @@ class Program(NamedTuple):
     """One kernel.
 
     Attributes:
-        parameters: name and type, in order.
+        parameters: where each begins, in bytes.
+        parameter_bytes: of all.
+        shared: where each variable in shared memory begins, in bytes; what a launch brings along begins at 0.
+        shared_bytes: of those that are declared.
+        variables: bytes of each in global memory.
         registers: bits of each.
         instructions: in order of their text.
         labels: the number of the instruction that each stands before.
@@ -51,7 +61,11 @@ class Program(NamedTuple):
         starts: numbers of instructions that a thread may come to from elsewhere than the one before.
     """
 
-    parameters: tuple[tuple[str, str], ...]
+    parameters: dict[str, int]
+    parameter_bytes: int
+    shared: dict[str, int]
+    shared_bytes: int
+    variables: dict[str, int]
     registers: dict[str, int]
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]
@@ -59,17 +73,34 @@ class Program(NamedTuple):
     starts: frozenset[int]
 
 
-def parse(text: str) -> Program:
-    """The one kernel of a module."""
-    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
-    head, _, body = text.partition(".entry")[2].partition("\n{\n")
+def kernels(text: str) -> dict[str, Callable[[], Program]]:
+    """Of all modules in a text the kernels by name; each is taken apart when it is called for."""
+    found = {}
+    for module in text.split(".version")[1:]:
+        top, *entries = module.split(".entry")
+        variables = _VARIABLE.findall(top)
+        for entry in entries:
+            head, _, body = entry.partition("\n{\n")
+            name, _, parameters = head.partition("(")
+            found[name.strip()] = functools.cache(functools.partial(_program, variables, parameters, body.rpartition("\n}")[0]))
+    return found
+
+
+def _program(variables: list[tuple[str, ...]], head: str, body: str) -> Program:
+    body = re.sub(r"//[^\n]*|/\*.*?\*/", "", body, flags=re.DOTALL)
+    parameters, parameter_bytes = _laid_out(_PARAMETER.findall(head + "\n"))
+    used = [v for v in variables if v[4] in body]
+    # What is declared elsewhere is as long as a launch says.
+    shared, shared_bytes = _laid_out([(*v[2:5], "0" if v[0] else v[5]) for v in used if v[1] == "shared"])
+    in_memory = {name: int(bits) // 8 * int(count or 1) for _, kind, _, bits, name, count in used if kind == "global"}
     tables = {name: [label.strip() for label in found.split(",")] for name, found in _TABLE.findall(body)}
-    body = _TABLE.sub("", body)
     registers = {}
-    for kind, name, count in _DECLARED.findall(body):
-        registers |= {f"{name}{k}": _BITS[kind] for k in range(int(count))} if count else {name: _BITS[kind]}
+    for kind, names in _DECLARED.findall(body):
+        bits = 1 if kind == "pred" else int(kind[1:])
+        for name, _, count in (declared.strip(" >").partition("<") for declared in names.split(",")):
+            registers |= {f"{name}{k}": bits for k in range(int(count))} if count else {name: bits}
     instructions, labels = [], {}
-    for line in body.rpartition("}")[0].splitlines():
+    for line in _TABLE.sub("", body).splitlines():
         # No statement begins with an operand: what opens or closes here is a scope of inline assembly.
         for statement in filter(None, (part.strip().lstrip("{} ") for part in line.split(";"))):
             if label := _LABEL.match(statement):
@@ -79,10 +110,21 @@ def parse(text: str) -> Program:
     # Threads part at branches and meet again at labels; at a barrier a block's wait for each other, at ``.sync`` a warp's.
     behind = {k + 1 for k, i in enumerate(instructions) if i.name in CONTROL or i.collective}
     before = {k for k, i in enumerate(instructions) if i.collective}
-    parameters = tuple((name, kind) for kind, name in _PARAMETER.findall(head))
+    starts = frozenset(behind | before | set(labels.values()))
     return Program(
-        parameters, registers, tuple(instructions), labels, tables, frozenset(behind | before | set(labels.values()))
+        parameters, parameter_bytes, shared, shared_bytes, in_memory, registers, tuple(instructions), labels, tables, starts
     )
+
+
+def _laid_out(declared: list[tuple[str, ...]]) -> tuple[dict[str, int], int]:
+    """Where variables of (alignment, bits, name, length) begin, one behind the other, and what they take."""
+    begins, end = {}, 0
+    for align, bits, name, count in declared:
+        size = int(bits) // 8
+        end = -(-end // int(align or size)) * int(align or size)
+        begins[name] = end
+        end += size * int(count or 1)
+    return begins, end
 
 
 def _instruction(text: str) -> Instruction:

@@ -43,6 +43,18 @@ def fused(a: Values, b: Values, c: Values) -> Values:
     return np.where(np.isfinite(exact), exact, total)
 
 
+def fused_down(a: Values, b: Values, c: Values) -> Values:
+    """a b + c of float32, rounded down."""
+    exact = a.astype("f8") * b + c
+    found = exact.astype("f4")
+    return np.where(found > exact, np.nextafter(found, np.float32(-np.inf)), found)
+
+
+def saturated(a: Values) -> Values:
+    """``.sat``: within [0, 1]; NaN is 0."""
+    return np.where(np.isnan(a), 0, np.clip(a, 0, 1)).astype(a.dtype)
+
+
 def _halves(a: Values) -> tuple[Values, Values]:
     scaled = a * 134217729.0
     high = scaled - (scaled - a)
@@ -66,13 +78,17 @@ def from_bfloat16(words: Values) -> Values:
 
 
 def parts(words: Values, kind: str) -> list[Values]:
-    """The numbers of words of 16-bit floats, the lowest first; bfloat16 as float32."""
+    """The numbers of words of several, the lowest first; bfloat16 as float32."""
+    if kind == "f32x2":
+        return list(np.ascontiguousarray(words.view("f4").reshape(-1, 2).T))
     halves = words.view("u2").reshape(len(words), -1).T
     return [from_bfloat16(h) if kind.startswith("bf16") else np.ascontiguousarray(h).view("f2") for h in halves]
 
 
 def joined(numbers: list[Values], kind: str) -> Values:
-    """Words of such numbers, or of two 16-bit halves."""
+    """Words of such numbers."""
+    if kind == "f32x2":
+        return np.ascontiguousarray(np.stack(numbers, axis=1)).view("u8")[:, 0]
     halves = [to_bfloat16(n) if kind.startswith("bf16") else n.astype("f2").view("u2") for n in numbers]
     return np.ascontiguousarray(np.stack(halves, axis=1)).view(UNSIGNED[16 * len(halves)])[:, 0]
 
@@ -158,12 +174,12 @@ def _divided(a: Values, b: Values) -> Values:
     return (quotient * signs).astype(a.dtype) if a.itemsize < 8 else quotient.astype(a.dtype) * np.asarray(signs, a.dtype)
 
 
-TWO: dict[str, Callable[[Values, Values], Values]] = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": _divided, "rem": _remainder,
-    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-    # A NaN gives way to a number.
+COMPUTED: dict[str, Callable[..., Values]] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": fused, "div": _divided, "rem": _remainder,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
+    "abs": np.abs, "neg": np.negative, "sqrt": np.sqrt, "rcp": np.reciprocal,
+    # A NaN gives way to a number, unless it is asked for.
     "min": np.fmin, "max": np.fmax,
 }  # fmt: skip
+DOWN = {"fma": fused_down}
 NAN = {"min": np.minimum, "max": np.maximum}
-ONE: dict[str, Callable[[Values], Values]] = {"abs": np.abs, "neg": np.negative, "not": np.invert, "sqrt": np.sqrt,
-                                              "rcp": np.reciprocal}  # fmt: skip
