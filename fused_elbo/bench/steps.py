@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from ..vae.model import build
 from . import work
 from .checking import Comparison
-from .items import Item
+from .items import MODELS, Item
 from .work import Inputs, Tensors
 
-LATENTS = 10
+LATENTS = MODELS["MNIST"][1][1]
 HIDDEN = 16
 DTYPE = torch.float32
 # Error of the loss and of the gradients of a first step, as a share of the largest: TensorFloat-32 has 10 bits.
