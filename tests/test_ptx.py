@@ -11,7 +11,8 @@ from fused_elbo import reference
 from fused_elbo.accuracy import KL_RELATIVE, NOISE
 from fused_elbo.spec import Noise
 
-pytestmark = pytest.mark.skipif("triton" not in conftest.PTX, reason="FUSED_ELBO_PTX=triton runs the kernels' PTX")
+pytestmark = pytest.mark.skipif(not conftest.PTX, reason="FUSED_ELBO_PTX=triton or native runs the kernels' PTX")
+needs_text = pytest.mark.skipif("triton" not in conftest.PTX, reason="Triton's are the kernels whose text is changed")
 
 if conftest.PTX:
     from ptx.launch import settings
@@ -25,7 +26,7 @@ SEED = 3
 def own_settings(monkeypatch):
     """Each test has the launches of its own, and leaves the settings as they were."""
     monkeypatch.setattr(settings, "launches", [])
-    with fe.backend("triton"):
+    with fe.backend(conftest.PTX[0]):
         yield
 
 
@@ -45,13 +46,13 @@ def test_memory_moves_what_the_design_says(dtype):
     with torch.no_grad():
         fe.elbo_loss(x_hat, x, kl=kl)
     fe.elbo_loss(x_hat, x.detach(), mu, logvar)
-    passes = [(launch.kernel, launch.moved / one) for launch in settings.launches]
-    assert [kernel for kernel, _ in passes] == [
-        "rsample_kl_kernel", "rsample_kl_backward_kernel", "elbo_kernel", "rescale_kernel", "elbo_kernel", "elbo_kernel",
-    ]  # fmt: skip
-    for (kernel, found), wanted in zip(passes, (3, 5, 3, 0, 2, 7), strict=True):
-        # Beside them each program reads some numbers of its row.
-        assert wanted <= found < wanted + 0.3, kernel
+    found = [(launch.kernel, launch.moved / one) for launch in settings.launches]
+    # What returns at once, where the upstream gradient is the one that was expected, is not always launched.
+    assert all(passes < 0.1 for kernel, passes in found if "rescale" in kernel)
+    found = [passes for kernel, passes in found if "rescale" not in kernel]
+    for passes, wanted in zip(found, (3, 5, 3, 2, 7), strict=True):
+        # Beside them each block reads some numbers of its row.
+        assert wanted <= passes < wanted + 0.3
 
 
 @pytest.mark.parametrize("error", ["ABOVE", "BELOW"])
@@ -84,6 +85,7 @@ def test_the_order_of_blocks_does_not_matter(together, monkeypatch):
         assert torch.equal(loss(), right)
 
 
+@needs_text
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
@@ -100,6 +102,7 @@ def test_the_machine_stops_at_what_would_be_wrong(old, new, said, monkeypatch):
         loss()
 
 
+@needs_text
 @pytest.mark.parametrize(("old", "new"), [("shfl.sync.bfly", "shfl.sync.idx"), (", 16, 31, -1", ", 8, 31, -1")])
 def test_sums_that_are_wrong_show(old, new, monkeypatch):
     right = loss()
