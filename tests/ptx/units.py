@@ -99,13 +99,17 @@ def _lg2(x: Values, error: Error) -> Values:
     return exact + error * 2.0**-22 * np.where(near, 1, np.where(np.isfinite(exact), np.abs(exact), 0))
 
 
-# The documented errors: PTX ISA 8.7, "Floating Point Instructions", and for sine and cosine, within pi, the CUDA C++
-# Programming Guide, "Intrinsic Functions".
+def _ulps(exact: Values, count: int) -> Values:
+    return exact + count * np.spacing(np.abs(exact).astype("f4")).astype("f8")
+
+
+# The documented errors: CUDA C++ Programming Guide, "Mathematical Functions" (exp2f, 2 ulp; 1 / x, 1 ulp) and, for sine and
+# cosine within pi, "Intrinsic Functions"; for the root, PTX ISA 8.7.
 APPROXIMATE: dict[str, Callable[[Values, Error], Values]] = {
     "lg2": _lg2,
-    "ex2": lambda x, error: np.exp2(x.astype("f8")) * (1 + error * 2.0**-22),
+    "ex2": lambda x, error: _ulps(np.exp2(x.astype("f8")), 2 * error),
     "sqrt": lambda x, error: np.sqrt(x.astype("f8")) * (1 + error * 2.0**-23),
-    "rcp": lambda x, error: 1 / x.astype("f8") * (1 + error * 2.0**-23),
+    "rcp": lambda x, error: _ulps(1 / x.astype("f8"), error),
     "sin": lambda x, error: np.sin(x.astype("f8")) + error * 2.0**-21.4,
     "cos": lambda x, error: np.cos(x.astype("f8")) + error * 2.0**-21.2,
 }
