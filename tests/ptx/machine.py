@@ -34,7 +34,6 @@ class Machine:
         self.warp = np.arange(count) // WARP
         # Which blocks have passed an atomic operation, and then a fence.
         self.arrived, self.synchronised = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
-        self.threads = threads
         self.shared = Shared(len(blocks), program.shared_bytes + shared)
         self.arguments = np.frombuffer(arguments, dtype="u1")
         self.names = program.parameters | program.shared | {name: region.start for name, region in variables.items()}
@@ -43,9 +42,8 @@ class Machine:
             name: np.zeros(count, dtype=bool) if bits == 1 else np.full(count, 0xDEADBEEF_DEADBEEF, "u8").astype(UNSIGNED[bits])
             for name, bits in program.registers.items()
         }
-        x = self.number % grid[0]
         self.special = {
-            "%tid.x": np.tile(np.arange(threads), len(blocks)), "%ctaid.x": x,
+            "%tid.x": np.tile(np.arange(threads), len(blocks)), "%ctaid.x": self.number % grid[0],
             "%ctaid.y": self.number // grid[0] % grid[1], "%ctaid.z": self.number // (grid[0] * grid[1]),
             "%nctaid.x": np.full(count, grid[0]), "%nctaid.y": np.full(count, grid[1]),
             "%nctaid.z": np.full(count, grid[2]), "%ntid.x": np.full(count, threads),

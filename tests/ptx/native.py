@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from fused_elbo.backends import native
-from fused_elbo.backends.native import tools
+from fused_elbo.backends.native import library, tools
 from fused_elbo.codegen import sass
 
 from .launch import run
@@ -23,28 +24,21 @@ OBJECTS = ROOT / "build/objects/cuda"
 WORK = ROOT / "build/ptx"
 LAUNCH = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p)
 ALLOCATE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
-OPERATIONS = (
-    "rsample_kl",
-    "rsample_kl_backward",
-    "elbo",
-    "gaussian_nll_backward",
-    "likelihood",
-    "posterior",
-    "posterior_backward",
-)
+# By name the operators, and what the backend's module calls them behind an underscore.
+OPERATIONS = {schema.partition("(")[0]: schema.partition("(")[0].rstrip("_") for schema in library.SCHEMAS}
 
 
 class Host:
     """What the library asks for, and what came of it. An error cannot pass through its C++, and waits here."""
 
-    def __init__(self, library: Path) -> None:
+    def __init__(self, path: Path) -> None:
         self.regions: list[Region] = []
         self.error: Exception | None = None
-        self.kernels = kernels(sass.Tools().ptx(library))
+        self.kernels = kernels(sass.Tools().ptx(path))
         # Device variables keep what kernels leave in them.
         self.variables: dict[str, np.ndarray] = {}
         self.callbacks = LAUNCH(self.launch), ALLOCATE(self.allocated)
-        ctypes.CDLL(str(library)).machine_is(*self.callbacks)
+        ctypes.CDLL(str(path)).machine_is(*self.callbacks)
 
     def allocated(self, data: int, size: int) -> None:
         self.regions.append(Region(data, size))
@@ -58,7 +52,7 @@ class Host:
             given = ctypes.string_at(arguments, program.parameter_bytes)
             run(kernel.decode(), program, (x, y, 1), threads, given, [*self.regions, *variables.values()], variables)
         except Exception as error:
-            self.error = error
+            self.error = self.error or error
 
     def through(self, name: str) -> Any:
         """An operation, by its CUDA implementation."""
@@ -79,9 +73,8 @@ class Host:
 def install() -> None:
     """From here on the native backend's operations on the CPU are those of the CUDA library, run by the machine."""
     host = Host(_link())
-    for name in OPERATIONS:
-        setattr(native, f"_{name}", host.through(name))
-    native._rescale = host.through("rescale_")
+    for operator, name in OPERATIONS.items():
+        setattr(native, f"_{name}", host.through(operator))
 
 
 def _link() -> Path:
@@ -89,14 +82,15 @@ def _link() -> Path:
     if not objects:
         raise FileNotFoundError(f"{OBJECTS} holds no objects: run `make build`, which takes nvcc")
     WORK.mkdir(parents=True, exist_ok=True)
-    library = WORK / "libfused_elbo_machine.so"
+    linked = WORK / "libfused_elbo_machine.so"
     source = Path(__file__).with_name("cuda.cpp")
-    if not library.exists() or library.stat().st_mtime < max(p.stat().st_mtime for p in (source, *objects)):
+    if not linked.exists() or linked.stat().st_mtime < max(p.stat().st_mtime for p in (source, *objects)):
         torchs = Path(torch.__file__).parent
         # Its own symbols come before torch's.
         command = [*tools.nvcc(), "-ccbin", tools.cxx()[-1], "-std=c++17", "-shared", "-cudart", "none", "-Xcompiler", "-fPIC",
                    "-Xlinker", "-Bsymbolic", f"-I{torchs}/include", str(source), *map(str, objects), f"-L{torchs}/lib",
-                   "-ltorch_cpu", "-o", f"{library}.new"]  # fmt: skip
+                   "-ltorch_cpu", "-o", f"{linked}.{os.getpid()}"]  # fmt: skip
         subprocess.run(command, check=True)
-        Path(f"{library}.new").replace(library)
-    return library
+        # Several processes of a test run may have come here.
+        Path(command[-1]).replace(linked)
+    return linked

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,9 @@ from . import likelihood_kernels, posterior_kernels
 from .launch import SMALLEST_BLOCK, TRITON_DTYPES, Stream, as_argument, as_rows, current, options, plan, tickets
 
 Strides = tuple[int, ...] | None
+
+# Of this number the exponential is a finite double.
+LARGEST_EXPONENT = 709.0
 
 
 @torch.compiler.disable
@@ -48,7 +53,9 @@ def likelihood(
     located = spec.family in ("gaussian", "laplace")
     alike = log_scale is None and weight is None and mask is None
     numbers = (
-        spec.log_scale,
+        # One scale's precision is the host's to compute: the kernel's exponential may be off by 2 ulp, and a gradient has its
+        # square. As there the largest finite number stands for all beyond.
+        min(math.exp(min(-spec.log_scale, LARGEST_EXPONENT)), torch.finfo(dtype).max),
         constant if located and not alike else 0.0,
         constant * rows.columns if located and alike else 0.0,
         spec.scale,

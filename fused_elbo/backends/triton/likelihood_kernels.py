@@ -33,8 +33,7 @@ def _bernoulli(a, x):
 
 
 @triton.jit
-def _discretized_logistic(y, level, log_scale, scale, shift):
-    precision = exponential(-log_scale)
+def _discretized_logistic(y, level, precision, scale, shift):
     width = scale * precision
     centre = (scale * level + shift - y) * precision
     first = level == 0
@@ -62,25 +61,23 @@ def _discretized_logistic(y, level, log_scale, scale, shift):
 
 
 @triton.jit
-def _terms(y, x, log_scale, scale, shift, FAMILY: tl.constexpr):
-    """Of each element: the negative log-likelihood, of a gaussian or laplace without what does not depend on the data, and its
-    derivatives by y and log_scale."""
+def _terms(y, x, precision, scale, shift, FAMILY: tl.constexpr):
+    """Of each element, precision = exp(-log_scale): the negative log-likelihood, of a gaussian or laplace without what does
+    not depend on the data, and its derivatives by y and log_scale."""
     if FAMILY == "bernoulli":
         return _bernoulli(y, x)
     elif FAMILY == "discretized_logistic":
-        return _discretized_logistic(y, x, log_scale, scale, shift)
+        return _discretized_logistic(y, x, precision, scale, shift)
+    elif FAMILY == "gaussian":
+        residual = (y - x) * precision
+        square = residual * residual
+        return 0.5 * square, residual * precision, 1.0 - square
     else:
-        precision = exponential(-log_scale)
-        if FAMILY == "gaussian":
-            residual = (y - x) * precision
-            square = residual * residual
-            return 0.5 * square, residual * precision, 1.0 - square
-        else:
-            difference = y - x
-            value = tl.abs(difference) * precision
-            # Where neither holds it is 0, or NaN.
-            sign = tl.where(difference > 0, precision, tl.where(difference < 0, -precision, value))
-            return value, sign, 1.0 - value
+        difference = y - x
+        value = tl.abs(difference) * precision
+        # Where neither holds it is 0, or NaN.
+        sign = tl.where(difference > 0, precision, tl.where(difference < 0, -precision, value))
+        return value, sign, 1.0 - value
 
 
 @triton.jit
@@ -91,7 +88,7 @@ def likelihood_kernel(
     nll, slope,  # (A, B) | None
     partials,  # (sums wanted, A B, chunks) | None
     ticket,  # () | None
-    given_log_scale, constant, row_constant, scale, shift,
+    given_precision, constant, row_constant, scale, shift,
     rows, inner, columns, steps, chunks,
     sizes, outer_strides, x_hat_strides, x_strides, log_scale_strides, weight_strides, keep_strides,
     g_x_hat_strides, g_x_strides, g_log_scale_strides, upstream_strides,
@@ -119,7 +116,7 @@ def likelihood_kernel(
     b = b.to(tl.int64)
     row = a * inner + b
     row_mask = row < rows
-    given_log_scale = number(given_log_scale, COMPUTE)
+    given_precision = number(given_precision, COMPUTE)
     constant = number(constant, COMPUTE)
     scale = number(scale, COMPUTE)
     shift = number(shift, COMPUTE)
@@ -136,10 +133,11 @@ def likelihood_kernel(
             target = scale * target + shift
         if log_scale is not None:
             ls = load(log_scale + a * outer_strides[2], b, column, row_mask, mask, sizes, log_scale_strides, COMPUTE)
+            precision = exponential(-ls)
         else:
-            ls = given_log_scale
+            precision = given_precision
         y, derivative = _activated(raw, ACTIVATION)
-        value, g_y, g_scale = _terms(y, target, ls, scale, shift, FAMILY)
+        value, g_y, g_scale = _terms(y, target, precision, scale, shift, FAMILY)
         if FAMILY == "gaussian" or FAMILY == "laplace":
             if log_scale is not None:
                 value += ls
