@@ -100,7 +100,8 @@ def _lg2(x: Values, error: Error) -> Values:
 
 
 def _ulps(exact: Values, count: int) -> Values:
-    return exact + count * np.spacing(np.abs(exact).astype("f4")).astype("f8")
+    ulp = np.spacing(np.abs(exact).astype("f4")).astype("f8")
+    return np.where(np.isfinite(ulp), exact + count * ulp, exact)
 
 
 # The documented errors: CUDA C++ Programming Guide, "Mathematical Functions" (exp2f, 2 ulp; 1 / x, 1 ulp) and, for sine and
