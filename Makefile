@@ -56,7 +56,8 @@ test: lint docs cpu-library
 PTX ?= tests
 ptx: export OMP_NUM_THREADS = 1
 ptx: $(READY)
-	for backend in triton $(if $(wildcard build/objects/cuda/*.o),native); do \
+	for backend in $$($(BIN)/python -c "import importlib.util as u; print('triton' * bool(u.find_spec('triton')))") \
+	  $(if $(wildcard build/objects/cuda/*.o),native); do \
 	  FUSED_ELBO_PTX=$$backend FUSED_ELBO_REQUIRE_BACKENDS=$$backend $(BIN)/python -m pytest -n auto -q -k "$$backend or ptx" $(PTX) || exit 1; done
 
 # The native backend's tests on the instruction sets of this processor that are not its best.
