@@ -69,6 +69,19 @@ def test_the_hardwares_approximations_may_be_as_wrong_as_is_documented(error, mo
     assert ((kl - truth).abs() <= KL_RELATIVE[torch.float32] * truth).all()
 
 
+@needs_text
+@pytest.mark.parametrize("error", ["ABOVE", "BELOW"])
+def test_a_given_scale_does_not_come_from_the_special_function_unit(error, monkeypatch):
+    """A gradient has its square, which would carry the unit's error twice."""
+    monkeypatch.setattr(settings, "error", Error[error])
+    x_hat, x = leaves(3, 700, count=2)
+    weight = torch.rand(x.shape, generator=torch.Generator().manual_seed(SEED))
+    sigma = 0.3
+    fe.nll(x_hat, x.detach(), sigma=sigma, weight=weight, reduction="sum").backward()
+    exact, eager = (weight.to(t) * (x_hat.detach().to(t) - x.detach().to(t)) / sigma**2 for t in (torch.float64, torch.float32))
+    oracle.assert_envelope(x_hat.grad, exact, eager, what="gradient")
+
+
 def loss() -> torch.Tensor:
     """Of rows that several blocks share, so that the last of them adds up what all have left."""
     x_hat, x = leaves(3, 5000, count=2)
