@@ -13,7 +13,10 @@ from .units import SIGNED, TYPES, UNSIGNED, Error, Values
 
 WARP = 32
 # Types of numbers that registers hold as words, or in pairs.
-SHORT = {"bf16": "b16", "bf16x2": "b32", "f16x2": "b32", "f32x2": "b64"}
+SHORT = {"bf16": "b16", "bf16x2": "b32", "f16x2": "b32", "s16x2": "b32", "u16x2": "b32", "f32x2": "b64"}
+
+# Roundings that none of these instructions has asked for.
+UNKNOWN = frozenset(("rz", "rp", "rni", "rmi", "rpi", "relu"))
 
 Threads = Values | slice
 
@@ -125,6 +128,8 @@ class Machine:
         return np.flatnonzero(holds) if isinstance(threads, slice) else threads[holds]
 
     def _execute(self, instruction: Instruction, threads: Threads) -> None:
+        if UNKNOWN.intersection(instruction.modifiers):
+            raise NotImplementedError(instruction.text)
         special = getattr(self, f"_{instruction.name}", None)
         if special is None:
             self._compute(instruction.name, instruction.modifiers, instruction.operands, threads)
@@ -134,7 +139,14 @@ class Machine:
     def _compute(self, name: str, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
         """A function of values of one type."""
         kind = modifiers[-1]
-        values = [self._numbers(o, kind, threads) for o in operands[1:]]
+        if kind in ("bf16", "f16") and "f32" in modifiers[:-1]:
+            # All but the last operand are narrow: what is added to, and the result, are not.
+            *narrow, last = operands[1:]
+            kind = "f32"
+            values = [self._numbers(o, modifiers[-1], threads) for o in narrow]
+            values = [[v.astype("f4") for v in one] for one in values] + [self._numbers(last, kind, threads)]
+        else:
+            values = [self._numbers(o, kind, threads) for o in operands[1:]]
         if "ftz" in modifiers:
             values = [[units.flushed(v) for v in one] for one in values]
         if name in units.APPROXIMATE and "approx" in modifiers:

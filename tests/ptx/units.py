@@ -16,6 +16,10 @@ UNSIGNED = {8: np.dtype("u1"), 16: np.dtype("u2"), 32: np.dtype("u4"), 64: np.dt
 SIGNED = {8: np.dtype("i1"), 16: np.dtype("i2"), 32: np.dtype("i4"), 64: np.dtype("i8")}
 
 
+# Two numbers in a register, of types that NumPy has.
+PAIRS = {"f32x2": np.dtype("f4"), "s16x2": np.dtype("i2"), "u16x2": np.dtype("u2")}
+
+
 class Error(enum.IntEnum):
     """Where the special-function unit's results lie: exact, or as far above or below as is documented."""
 
@@ -79,16 +83,17 @@ def from_bfloat16(words: Values) -> Values:
 
 def parts(words: Values, kind: str) -> list[Values]:
     """The numbers of words of several, the lowest first; bfloat16 as float32."""
-    if kind == "f32x2":
-        return list(np.ascontiguousarray(words.view("f4").reshape(-1, 2).T))
+    if kind in PAIRS:
+        return list(np.ascontiguousarray(words.view(PAIRS[kind]).reshape(-1, 2).T))
     halves = words.view("u2").reshape(len(words), -1).T
     return [from_bfloat16(h) if kind.startswith("bf16") else np.ascontiguousarray(h).view("f2") for h in halves]
 
 
 def joined(numbers: list[Values], kind: str) -> Values:
     """Words of such numbers."""
-    if kind == "f32x2":
-        return np.ascontiguousarray(np.stack(numbers, axis=1)).view("u8")[:, 0]
+    if kind in PAIRS:
+        pairs = np.ascontiguousarray(np.stack(numbers, axis=1))
+        return pairs.view(UNSIGNED[16 * pairs.itemsize])[:, 0]
     halves = [to_bfloat16(n) if kind.startswith("bf16") else n.astype("f2").view("u2") for n in numbers]
     return np.ascontiguousarray(np.stack(halves, axis=1)).view(UNSIGNED[16 * len(halves)])[:, 0]
 
