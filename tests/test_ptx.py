@@ -16,7 +16,7 @@ needs_text = pytest.mark.skipif("triton" not in conftest.PTX, reason="Triton's a
 
 if conftest.PTX:
     from ptx.launch import settings
-    from ptx.memory import Fault
+    from ptx.memory import Fault, Shared
     from ptx.units import Error
 
 SEED = 3
@@ -96,6 +96,22 @@ def test_the_order_of_blocks_does_not_matter(together, monkeypatch):
     for order in (np.flip, np.random.default_rng(SEED).permutation):
         monkeypatch.setattr(settings, "order", order)
         assert torch.equal(loss(), right)
+
+
+@pytest.mark.parametrize(
+    ("readers", "writer", "stops"), [([[0], [1]], 1, True), ([[0, 1]], 1, True), ([[1, 0]], 1, True), ([[1], [1]], 1, False)]
+)
+def test_a_byte_that_other_warps_have_read_may_not_be_written_before_a_barrier(readers, writer, stops):
+    """Warps that read a byte one after the other, or at once, and one that writes it."""
+    shared, one = Shared(1, 64), np.zeros(1, dtype="i8")
+    for warps in readers:
+        shared.load(np.zeros(len(warps), dtype="u8"), 32, 1, np.zeros(len(warps), dtype="i8"), np.array(warps))
+    store = (np.zeros(1, dtype="u8"), np.zeros((1, 1), dtype="u4"), one, np.array([writer]))
+    if stops:
+        with pytest.raises(Fault, match="without a barrier"):
+            shared.store(*store)
+        shared.synchronise(0)
+    shared.store(*store)
 
 
 @needs_text

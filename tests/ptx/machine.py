@@ -301,7 +301,7 @@ class Machine:
         if modifiers[0] == "shared":
             self.shared.store(places, numbers, self.block[threads], self.warp[threads])
         else:
-            self.memory.store(places, numbers, self.number[threads], self.warp[threads])
+            self.memory.store(places, numbers, self.number[threads], self.warp[threads], self.synchronised[threads])
 
     def _atom(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
         kind, (to, address, given), how = TYPES[modifiers[-1]], operands, modifiers[-2]
@@ -317,7 +317,7 @@ class Machine:
             who = self.number[one], self.warp[one]
             old = self.memory.load(place, 8 * kind.itemsize, 1, *who, everybody, cached=False)
             new = old + values[k] if how == "add" else np.where(old >= values[k], 0, old + 1).astype(old.dtype)
-            self.memory.store(place, new, *who)
+            self.memory.store(place, new, *who, everybody)
             self._write(to, old[:, 0], one)
         (self.synchronised if ordered else self.arrived)[threads] = True
 

@@ -11,8 +11,8 @@ import torch
 
 from .units import UNSIGNED, Values
 
-# Of a byte that nobody has written to, or read.
-NOBODY = -1
+# Of a byte that nobody has written to, or read; and that several warps have read.
+NOBODY, SEVERAL = -1, -2
 # Bytes that a GPU's memory is read and written by.
 SECTOR = 32
 
@@ -53,20 +53,20 @@ class Global:
         found = np.empty((len(addresses), count), dtype=UNSIGNED[bits])
         for k, chosen in self._regions(addresses, bits, count):
             places = self._places(k, addresses[chosen], bits * count // 8)
-            writers = self.writers[k][places]
-            strange = (writers != NOBODY) & (writers != blocks[chosen][:, None])
-            if (strange & (cached | ~synchronised[chosen][:, None])).any():
+            if (self._strange(k, places, blocks[chosen]) & (cached | ~synchronised[chosen][:, None])).any():
                 raise Fault(f"a block reads what another has written, {'through its own cache' if cached else 'unordered'}")
             found[chosen] = self.bytes[k][places].view(UNSIGNED[bits])
         self.read += found.nbytes
         self.moved += _moved(addresses, warps)
         return found
 
-    def store(self, addresses: Values, numbers: Values, blocks: Values, warps: Values) -> None:
+    def store(self, addresses: Values, numbers: Values, blocks: Values, warps: Values, synchronised: Values) -> None:
         """``numbers`` (threads, count)."""
         count, bits = numbers.shape[1], 8 * numbers.itemsize
         for k, chosen in self._regions(addresses, bits, count):
             places = self._places(k, addresses[chosen], bits * count // 8)
+            if (self._strange(k, places, blocks[chosen]) & ~synchronised[chosen][:, None]).any():
+                raise Fault("a block writes over what another has written, unordered")
             self.bytes[k][places] = np.ascontiguousarray(numbers[chosen]).view("u1")
             self.writers[k][places] = blocks[chosen][:, None]
         self.written += numbers.nbytes
@@ -85,6 +85,11 @@ class Global:
         if (region == region[0]).all():
             return [(int(region[0]), slice(None))]
         return [(int(k), region == k) for k in np.unique(region)]
+
+    def _strange(self, region: int, places: Values, blocks: Values) -> Values:
+        """Whether another block has written there."""
+        writers = self.writers[region][places]
+        return (writers != NOBODY) & (writers != blocks[:, None])
 
     def _places(self, region: int, addresses: Values, size: int) -> Values:
         return (addresses - self.starts[region])[:, None] + np.arange(size, dtype="u8")
@@ -106,7 +111,10 @@ class Shared:
     def load(self, addresses: Values, bits: int, count: int, blocks: Values, warps: Values) -> Values:
         places = self._places(addresses, bits * count // 8, blocks)
         self._race((self.writer,), places, warps)
-        self.reader[places] = warps[:, None]
+        own, before = warps[:, None], self.reader[places]
+        self.reader[places] = np.where((before == NOBODY) | (before == own), own, SEVERAL)
+        # Of several that read at once one is in the books.
+        self.reader[places[self.reader[places] != own]] = SEVERAL
         return self.bytes[places].view(UNSIGNED[bits])
 
     def store(self, addresses: Values, numbers: Values, blocks: Values, warps: Values) -> None:
