@@ -266,7 +266,7 @@ def gaussian_nll(
         return objective.likelihood(
             objective.checked(x_hat, x, sigma, full, likelihood, reduction=reduction, grad_scale=grad_scale)
         )[0]
-    return plain.elbo(x_hat, x, None, None, None, None, 1.0, sigma, full, reduction, grad_scale, inplace)[0]
+    return plain.gaussian_nll(x_hat, x, sigma, full, reduction, grad_scale, inplace)
 
 
 @routes.unread("kl", "chunk_dim", "beta", "sigma", "full", "reduction", "grad_scale", "inplace")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import arguments, operators, ops, reference, routes, sampling
-from .autograd import ELBO, Excess, PosteriorCall, RsampleKL, apply, halves
+from .autograd import ELBO, Excess, GaussianNLL, PosteriorCall, RsampleKL, apply, halves
 from .spec import Gaussian, Likelihood, Posterior, compute_dtype, signed
 
 NOTHING = (False,) * 5
@@ -30,32 +30,17 @@ def elbo(
     inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``loss``, ``nll`` and ``kl`` of ``fused_elbo.elbo_loss`` in its plain form, or without a KL at all."""
-    x_hat = arguments.batched("x_hat", x_hat)
-    x = arguments.like("x", x, "x_hat", x_hat)
-    count = x_hat.shape[0]
+    x_hat, x, likelihood, weight, grad_scale = _data(x_hat, x, sigma, full, reduction, grad_scale, inplace)
     if mu is not None:
         mu, logvar, chunk_dim = arguments.latent(mu, logvar, chunk_dim)
-        if mu.shape[0] != count:
-            raise ValueError(f"mu: got a batch of {mu.shape[0]}, takes that of x_hat, {count}")
+        if mu.shape[0] != x_hat.shape[0]:
+            raise ValueError(f"mu: got a batch of {mu.shape[0]}, takes that of x_hat, {x_hat.shape[0]}")
         arguments.on_device("mu", mu, "x_hat", x_hat)
     if kl is not None:
         kl = arguments.per_sample("kl", kl, "x_hat", x_hat)
-    # The defaults need no check, and a check takes longer than to see that.
     # A compiler's symbol stands for a weight that changes: as a number it would be that of this call alone.
     if type(beta) is not float and not isinstance(beta, (torch.SymFloat, torch.SymInt)):
         beta = arguments.scalar("beta", beta, "x_hat", x_hat)
-    if type(grad_scale) is not float:
-        grad_scale = arguments.grad_scale(grad_scale, x_hat)
-    if type(sigma) is float and sigma == 1.0 and full is False:
-        likelihood = UNIT
-    else:
-        likelihood = Gaussian(arguments.positive("sigma", sigma), bool(full))
-    arguments.choice("reduction", reduction, arguments.REDUCTIONS)
-    if inplace:
-        if reduction == "none":
-            raise ValueError('inplace: got True with reduction "none", takes False there: its gradient comes in the backward')
-        arguments.overwritable("x_hat", x_hat)
-    weight = arguments.reduction_weight(reduction, count)
     if not routes.plainly(x_hat, x, mu, logvar, kl):
         return _composed(x_hat, x, mu, logvar, kl, chunk_dim, beta, likelihood, weight)
     needs = NOTHING
@@ -69,6 +54,43 @@ def elbo(
         )
     options = (chunk_dim, likelihood, weight, needs, inplace and needs[0], ops.select(x_hat.device))
     return apply(ELBO, x_hat, x, mu, logvar, kl, beta, grad_scale, options)
+
+
+def gaussian_nll(
+    x_hat: Tensor, x: Tensor, sigma: float, full: bool, reduction: str, grad_scale: float | Tensor, inplace: bool
+) -> Tensor:
+    """``fused_elbo.gaussian_nll`` in its plain form."""
+    if reduction == "none":
+        return elbo(x_hat, x, None, None, None, None, 1.0, sigma, full, reduction, grad_scale, inplace)[0]
+    x_hat, x, likelihood, weight, grad_scale = _data(x_hat, x, sigma, full, reduction, grad_scale, inplace)
+    if not routes.plainly(x_hat, x):
+        return _composed(x_hat, x, None, None, None, None, 1.0, likelihood, weight)[0]
+    needs = NOTHING
+    if torch.is_grad_enabled():
+        needs = (x_hat.requires_grad, x.requires_grad, False, False, False)
+    options = (None, likelihood, weight, needs, inplace and needs[0], ops.select(x_hat.device))
+    return apply(GaussianNLL, x_hat, x, grad_scale, options)
+
+
+def _data(
+    x_hat: Tensor, x: Tensor, sigma: float, full: bool, reduction: str, grad_scale: float | Tensor, inplace: bool
+) -> tuple[Tensor, Tensor, Gaussian, float | None, float | Tensor]:
+    """Checks the data side: ``x_hat``, ``x``, the likelihood, the weight of a total, and ``grad_scale``."""
+    x_hat = arguments.batched("x_hat", x_hat)
+    x = arguments.like("x", x, "x_hat", x_hat)
+    # The defaults need no check, and a check takes longer than to see that.
+    if type(grad_scale) is not float:
+        grad_scale = arguments.grad_scale(grad_scale, x_hat)
+    if type(sigma) is float and sigma == 1.0 and full is False:
+        likelihood = UNIT
+    else:
+        likelihood = Gaussian(arguments.positive("sigma", sigma), bool(full))
+    arguments.choice("reduction", reduction, arguments.REDUCTIONS)
+    if inplace:
+        if reduction == "none":
+            raise ValueError('inplace: got True with reduction "none", takes False there: its gradient comes in the backward')
+        arguments.overwritable("x_hat", x_hat)
+    return x_hat, x, likelihood, arguments.reduction_weight(reduction, x_hat.shape[0]), grad_scale
 
 
 def _composed(

@@ -7,14 +7,26 @@
 * With ``reduction="none"`` the upstream gradient is a vector that nobody can foresee: the backward starts from the inputs.
 * Double backward differentiates the reference formulas.
 
-``RsampleKL`` and ``ELBO`` are the plain objective's; ``Posterior`` and ``NLL`` those of every other. ``LinearNLL`` is any
+``RsampleKL``, ``ELBO`` and ``GaussianNLL`` are the plain objective's; ``Posterior`` and ``NLL`` those of every other. ``LinearNLL`` is any
 likelihood behind a linear layer, whose output it never holds.
 """
 
 from .common import apply, halves
 from .likelihood import NLL
 from .linear import LinearCall, LinearNLL
-from .plain import ELBO, Excess, RsampleKL
+from .plain import ELBO, Excess, GaussianNLL, RsampleKL
 from .posterior import Posterior, PosteriorCall
 
-__all__ = ["ELBO", "NLL", "Excess", "LinearCall", "LinearNLL", "Posterior", "PosteriorCall", "RsampleKL", "apply", "halves"]
+__all__ = [
+    "ELBO",
+    "NLL",
+    "Excess",
+    "GaussianNLL",
+    "LinearCall",
+    "LinearNLL",
+    "Posterior",
+    "PosteriorCall",
+    "RsampleKL",
+    "apply",
+    "halves",
+]

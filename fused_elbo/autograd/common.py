@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -41,6 +42,15 @@ def rows_of(g_loss: Tensor | None, weight: float | None, g_term: Tensor | None, 
     if g_term is None:
         return g_loss.expand(count), weight
     return g_loss * weight + g_term, 1.0
+
+
+def scaled(gradients: Sequence[Tensor], upstream: Tensor, expected: float | Tensor, backend: ModuleType) -> Sequence[Tensor]:
+    """Gradients that were computed for the upstream gradient ``expected``, for that which came."""
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        factor = upstream / expected
+        return [g * factor for g in gradients]
+    backend.rescale_(gradients, upstream, expected)
+    return gradients
 
 
 def composed() -> bool:

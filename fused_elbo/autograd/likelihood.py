@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ..spec import DataGradients, Likelihood, compute_dtype
-from .common import composed, differentiable
+from .common import composed, differentiable, scaled
 
 
 class NLL(torch.autograd.Function):
@@ -73,12 +73,7 @@ class NLL(torch.autograd.Function):
             return *differentiable(formula, tensors, (g_total, g_nll)), None, None
 
         if g_nll is None and baked and not any(g.dtype == torch.float16 for g in baked):
-            if torch._C._autograd._get_current_graph_task_keep_graph():
-                factor = g_total / grad_scale
-                baked = [g * factor for g in baked]
-            else:
-                backend.rescale_(baked, g_total, grad_scale)
-            rest = iter(baked)
+            rest = iter(scaled(baked, g_total, grad_scale, backend))
             return *(next(rest) if needed else None for needed in needs), *(None,) * 4
         upstream = g_nll
         if g_total is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ..spec import Gaussian, Gradients, compute_dtype
-from .common import composed, differentiable, halves, noise_of, rows_of
+from .common import composed, differentiable, halves, noise_of, rows_of, scaled
 
 
 class Excess(torch.autograd.Function):
@@ -126,9 +126,7 @@ class ELBO(torch.autograd.Function):
         if loss is None:
             loss = reference.total(nll, kl_out, beta, None)
         if inplace:
-            # Whoever saved x_hat must learn that it is gone.
-            torch.autograd.graph.increment_version(x_hat)
-            g_x_hat = x_hat.detach()
+            g_x_hat = _given_up(x_hat)
         ctx.set_materialize_grads(False)
         ctx.beta, ctx.grad_scale, ctx.options = beta, grad_scale, options
         ctx.save_for_backward(
@@ -152,28 +150,20 @@ class ELBO(torch.autograd.Function):
         beta = ctx.beta if beta is None else beta
         grad_scale = ctx.grad_scale if grad_scale is None else grad_scale
         if composed():
-            return ELBO._double_backward(ctx, (x_hat, x, mu, logvar, kl, beta), (g_loss, g_nll, g_kl))
+            return ELBO._double_backward(ctx.options, (x_hat, x, mu, logvar, kl, beta), (g_loss, g_nll, g_kl))
 
         g_beta = None
         if ctx.needs_input_grad[5] and g_loss is not None and kl is not None:
             rows, factor = rows_of(g_loss, weight, None, kl.shape[0])
             g_beta = (rows * factor * kl).sum().reshape(beta.shape)
 
-        rest = iter(baked)
-        gradients = [next(rest, None) if needed else None for needed in needs]
         foreseen = weight is not None and g_nll is None and g_kl is None
-        kept = torch._C._autograd._get_current_graph_task_keep_graph()
-        underflows = not inplace and torch.float16 in [g.dtype for g in baked]
-        if foreseen and not underflows:
-            if kept:
-                factor = g_loss / grad_scale
-                gradients = [None if g is None else g * factor for g in gradients]
-            else:
-                backend.rescale_(baked, g_loss, grad_scale)
+        if foreseen and (inplace or not _underflow(baked)):
+            gradients = _sorted(scaled(baked, g_loss, grad_scale, backend), needs)
             if needs[4]:
                 gradients[4] = gradients[4].expand_as(kl)
         else:
-            reuse = (gradients, grad_scale) if foreseen and not kept else None
+            reuse = (baked, grad_scale) if foreseen else None
             gradients = ELBO._recomputed(ctx.options, (x_hat, x, mu, logvar), beta, (g_loss, g_nll, g_kl), reuse)
         return *gradients, g_beta, None, None
 
@@ -183,11 +173,12 @@ class ELBO(torch.autograd.Function):
         inputs: Sequence[Tensor | None],
         beta: float | Tensor,
         upstream: Sequence[Tensor | None],
-        reuse: tuple[Sequence[Tensor | None], float | Tensor] | None,
+        reuse: tuple[Sequence[Tensor], float | Tensor] | None,
     ) -> list[Tensor | None]:
         """Gradients of (x_hat, x, mu, logvar, kl) from the inputs.
 
-        ``reuse`` holds buffers that were filled for an expected upstream gradient, and that gradient.
+        ``reuse`` holds what was computed for an expected upstream gradient, to be written over where the graph is not kept, and
+        that gradient.
         """
         chunk_dim, likelihood, loss_weight, needs, inplace, backend = options
         x_hat, x, mu, logvar = inputs
@@ -201,8 +192,8 @@ class ELBO(torch.autograd.Function):
         rows, weight = rows_of(g_loss, loss_weight, g_nll, x.shape[0])
         if rows is not None and (needs[0] or needs[1]):
             expected = None
-            if reuse is not None:
-                (g_x_hat, g_x, *_), expected = reuse
+            if reuse is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
+                (g_x_hat, g_x, *_), expected = _sorted(reuse[0], needs), reuse[1]
             else:
                 g_x_hat = torch.empty_like(x_hat) if needs[0] else None
                 g_x = torch.empty_like(x) if needs[1] else None
@@ -221,8 +212,8 @@ class ELBO(torch.autograd.Function):
         return [g_x_hat, g_x, g_mu, g_logvar, g_kl_in]
 
     @staticmethod
-    def _double_backward(ctx: Any, inputs: Sequence[Any], upstream: Sequence[Tensor | None]) -> tuple:
-        chunk_dim, likelihood, weight, _, inplace, _ = ctx.options
+    def _double_backward(options: tuple, inputs: Sequence[Any], upstream: Sequence[Tensor | None]) -> tuple:
+        chunk_dim, likelihood, weight, _, inplace, _ = options
         if inplace:
             raise RuntimeError("elbo_loss: inplace=True has overwritten x_hat, so there is no double backward; leave it False")
 
@@ -235,3 +226,58 @@ class ELBO(torch.autograd.Function):
             return reference.total(nll, kl, beta, weight), nll, kl
 
         return *differentiable(formula, inputs, upstream), None, None
+
+
+class GaussianNLL(torch.autograd.Function):
+    """``loss`` of an ``ELBO`` without a KL, and nothing else: autograd takes less time over it.
+
+    ``apply(x_hat, x, grad_scale, options)``: as for ``ELBO``; ``weight`` is a number.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_hat: Tensor, x: Tensor, grad_scale: float | Tensor, options: tuple) -> Tensor:
+        _, likelihood, weight, (need_x_hat, need_x, *_), inplace, backend = options
+        g_x_hat = x_hat if inplace else torch.empty_like(x_hat) if need_x_hat else None
+        g_x = torch.empty_like(x) if need_x else None
+        out = Gradients(g_x_hat, g_x)
+        loss = backend.elbo(x_hat, x, None, None, None, 1.0, likelihood, out, weight=weight, grad_scale=grad_scale)[0]
+        if inplace:
+            g_x_hat = _given_up(x_hat)
+        ctx.call = grad_scale, options
+        scale = grad_scale if isinstance(grad_scale, Tensor) else None
+        ctx.save_for_backward(None if inplace else x_hat, x, scale, g_x_hat, g_x)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, g_loss: Tensor) -> tuple:
+        x_hat, x, grad_scale, g_x_hat, g_x = ctx.saved_tensors
+        expected, options = ctx.call
+        inplace, backend = options[4:]
+        if composed():
+            gradients = ELBO._double_backward(options, (x_hat, x, None, None, None, 1.0), (g_loss, None, None))
+            return *gradients[:2], None, None
+        expected = expected if grad_scale is None else grad_scale
+        baked = [g for g in (g_x_hat, g_x) if g is not None]
+        if inplace or not _underflow(baked):
+            found = iter(scaled(baked, g_loss, expected, backend))
+            return None if g_x_hat is None else next(found), None if g_x is None else next(found), None, None
+        found = ELBO._recomputed(options, (x_hat, x, None, None), 1.0, (g_loss, None, None), (baked, expected))
+        return *found[:2], None, None
+
+
+def _given_up(x_hat: Tensor) -> Tensor:
+    """``x_hat``, which holds its gradient now."""
+    # Whoever saved x_hat must learn that it is gone.
+    torch.autograd.graph.increment_version(x_hat)
+    return x_hat.detach()
+
+
+def _underflow(gradients: Sequence[Tensor]) -> bool:
+    """Whether what was computed for one upstream gradient may be too small to be scaled for another."""
+    return torch.float16 in [g.dtype for g in gradients]
+
+
+def _sorted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Those that there are, each in the place of what needed it."""
+    rest = iter(gradients)
+    return [next(rest, None) if needed else None for needed in needs]
