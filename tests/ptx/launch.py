@@ -13,6 +13,9 @@ from .memory import Global, Region
 from .program import Program
 from .units import Error, Values
 
+# 80, 90 or 100, which kernels are compiled to other instructions for.
+ARCHITECTURE_VARIABLE = "FUSED_ELBO_PTX_SM"
+
 
 class Launch(NamedTuple):
     """What a launch did: its kernel's name, and the bytes that its threads read, wrote and, by sectors, moved."""

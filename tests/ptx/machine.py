@@ -330,8 +330,9 @@ class Machine:
         to = to[0] if isinstance(to, tuple) else to
         chosen = np.arange(len(self.place))[threads]
         lane = chosen % WARP
-        if (members, clamp) != ("-1", "31"):
-            raise NotImplementedError(f"a shuffle of {members}, {clamp}")
+        members, clamp = (self._read(o, TYPES["u32"], threads) for o in (members, clamp))
+        if (members != 2**32 - 1).any() or (clamp != WARP - 1).any():
+            raise NotImplementedError("a shuffle of a part of a warp")
         amount = self._read(by, TYPES["u32"], threads).astype("i8")
         source = lane ^ amount if modifiers[1] == "bfly" else amount % WARP
         values = self._read(given, TYPES["b32"], threads)

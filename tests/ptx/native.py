@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from fused_elbo.backends import native
 from fused_elbo.backends.native import library, tools
 from fused_elbo.codegen import sass
 
-from .launch import run
+from .launch import ARCHITECTURE_VARIABLE, run
 from .memory import Region, regions_of
 from .program import kernels
 
@@ -34,7 +36,7 @@ class Host:
     def __init__(self, path: Path) -> None:
         self.regions: list[Region] = []
         self.error: Exception | None = None
-        self.kernels = kernels(sass.Tools().ptx(path))
+        self.kernels = kernels(_text(path))
         # Device variables keep what kernels leave in them.
         self.variables: dict[str, np.ndarray] = {}
         self.callbacks = LAUNCH(self.launch), ALLOCATE(self.allocated)
@@ -75,6 +77,29 @@ def install() -> None:
     host = Host(_link())
     for operator, name in OPERATIONS.items():
         setattr(native, f"_{name}", host.through(operator))
+
+
+def _text(linked: Path) -> str:
+    """The kernels' PTX: what the objects carry, or, for the GPU that is asked for, what nvcc makes of the sources."""
+    asked = os.environ.get(ARCHITECTURE_VARIABLE)
+    if asked is None:
+        return sass.Tools().ptx(linked)
+    spec = importlib.util.spec_from_file_location("builder_for_ptx", ROOT / "csrc/build.py")
+    builder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(builder)
+    units = builder.cuda_recipe(builder.find_torch(), OBJECTS, builder.Options()).units
+
+    def compiled(unit: Any) -> str:
+        made = WORK / f"{unit.object.stem}.sm_{asked}.ptx"
+        if not made.exists() or made.stat().st_mtime < unit.object.stat().st_mtime:
+            command = [word for word in unit.command if word != "-c" and not word.startswith(("-gencode", "-Xfatbin"))]
+            fresh = made.with_suffix(f".{os.getpid()}")
+            subprocess.run([*command, "-ptx", f"-arch=compute_{asked}", "-o", str(fresh)], check=True)
+            fresh.replace(made)
+        return made.read_text()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return "".join(pool.map(compiled, units))
 
 
 def _link() -> Path:

@@ -15,12 +15,11 @@ from fused_elbo.backends import triton as backend
 from fused_elbo.codegen.hardware import LANES_PER_WARP
 from fused_elbo.codegen.triton_kernels import Driver
 
-from .launch import run, settings
+from .launch import ARCHITECTURE_VARIABLE, run, settings
 from .memory import regions_of
 from .program import Program, kernels
 
-# sm_80, sm_90 or sm_100, which are compiled to other instructions.
-ARCHITECTURE = int(os.environ.get("FUSED_ELBO_PTX_SM", "90"))
+ARCHITECTURE = int(os.environ.get(ARCHITECTURE_VARIABLE, "90"))
 NUMBERS = {"fp32": "f4", "i1": "i1", "i32": "i4", "i64": "i8", "u64": "u8"}
 
 
