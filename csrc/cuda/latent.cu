@@ -65,7 +65,7 @@ struct ForwardArguments {
 };
 
 // z = mu + eps sigma; sums up twice the KL.
-template <class S, Source SOURCE>
+template <class T, class S, Source SOURCE>
 struct SampleAndKl {
   using Scalar = S;
   static constexpr int INPUTS = SOURCE == Source::EPS ? 3 : 2, OUTPUTS = SOURCE == Source::NONE ? 0 : 1;
@@ -85,7 +85,7 @@ struct SampleAndKl {
     if constexpr (SOURCE == Source::SEED) stream.template normals<NEAR>(offset, ahead, eps);
 #pragma unroll
     for (int i = 0; i < PAIRS; ++i) {
-      const Exponentials<Two<S>> e = exponentials(logvar[i]);
+      const Exponentials<Two<S>> e = exponentials<sizeof(T) == 2>(logvar[i]);
       if constexpr (SOURCE == Source::EPS) eps[i] = in[2][i];
       if constexpr (SOURCE != Source::NONE) out[0][i] = Real<Two<S>>::mad(eps[i], e.sigma, mu[i]);
       sum = sum + twice_kl(mu[i], e);
@@ -96,7 +96,7 @@ struct SampleAndKl {
 template <class T, class S, Source SOURCE>
 __global__ void __launch_bounds__(THREADS, BLOCKS<S>) forward_kernel(const __grid_constant__ ForwardArguments a) {
   const Shape& shape = a.tensors.shape;
-  using Sampling = Pass<T, T, SampleAndKl<S, SOURCE>>;
+  using Sampling = Pass<T, T, SampleAndKl<T, S, SOURCE>>;
   S *const kl = static_cast<S*>(a.kl), *const partials = static_cast<S*>(a.partials);
   for (int64_t share = blockIdx.x; share < a.plan.shares; share += a.plan.grid) {
     const Place place(a.plan, shape, share, Sampling::SIZE);
@@ -116,7 +116,7 @@ struct BackwardArguments {
 };
 
 // Gradients for the upstream gradients g_z of z and c of the KL.
-template <class S, Source SOURCE>
+template <class T, class S, Source SOURCE>
 struct LatentGradients {
   using Scalar = S;
   static constexpr int INPUTS = 4, OUTPUTS = 2;
@@ -139,7 +139,7 @@ struct LatentGradients {
     if constexpr (SOURCE == Source::SEED) stream.template normals<NEAR>(offset, ahead, eps);
 #pragma unroll
     for (int i = 0; i < PAIRS; ++i) {
-      const Exponentials<Two<S>> e = exponentials(logvar[i]);
+      const Exponentials<Two<S>> e = exponentials<sizeof(T) == 2>(logvar[i]);
       if constexpr (SOURCE == Source::EPS) eps[i] = in[3][i];
       constexpr bool SAMPLE = SOURCE != Source::NONE;
       const LatentGradient<Two<S>> g = has_kl ? latent_gradient<SAMPLE, true>(mu[i], e, eps[i], g_z[i], weight)
@@ -155,7 +155,7 @@ template <class T, class S, Source SOURCE>
 __global__ void __launch_bounds__(THREADS, BLOCKS<S> - (sizeof(T) == 2 || SOURCE == Source::EPS))
     backward_kernel(const __grid_constant__ BackwardArguments a) {
   const Shape& shape = a.tensors.shape;
-  using Gradients = Pass<T, T, LatentGradients<S, SOURCE>>;
+  using Gradients = Pass<T, T, LatentGradients<T, S, SOURCE>>;
   const bool has_kl = a.g_kl.data;
   for (int64_t share = blockIdx.x; share < a.plan.shares; share += a.plan.grid) {
     const Place place(a.plan, shape, share, Gradients::SIZE);

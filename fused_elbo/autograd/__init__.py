@@ -7,8 +7,8 @@
 * With ``reduction="none"`` the upstream gradient is a vector that nobody can foresee: the backward starts from the inputs.
 * Double backward differentiates the reference formulas.
 
-``RsampleKL``, ``ELBO`` and ``GaussianNLL`` are the plain objective's; ``Posterior`` and ``NLL`` those of every other. ``LinearNLL`` is any
-likelihood behind a linear layer, whose output it never holds.
+``RsampleKL``, ``ELBO`` and ``GaussianNLL`` are the plain objective's; ``Posterior`` and ``NLL`` those of every other.
+``LinearNLL`` is any likelihood behind a linear layer, whose output it never holds.
 """
 
 from .common import apply, halves
