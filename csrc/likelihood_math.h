@@ -37,15 +37,14 @@ struct Scale {
   V width;      // of a level, in s
 };
 
-// constant: of the family's density. level: the width of a level, for discretized_logistic alone.
+// precision: exp(-log_scale). constant: of the family's density. level: the width of a level, for discretized_logistic alone.
 template <Family FAMILY, class V>
-FE_FN Scale<V> scale_of(V log_scale, V constant, V level) {
+FE_FN Scale<V> scale_of(V log_scale, V precision, V constant, V level) {
   using R = Real<V>;
   const V zero = R::of(0);
   if constexpr (FAMILY == Family::bernoulli) {
     return {zero, zero, zero, zero};
   } else {
-    const V precision = exponential(-log_scale);
     if constexpr (FAMILY == Family::discretized_logistic) {
       const V width = level * precision;
       // width / expm1(width) is the slope.
@@ -55,6 +54,11 @@ FE_FN Scale<V> scale_of(V log_scale, V constant, V level) {
       return {precision, log_scale + constant, R::of(1), zero};
     }
   }
+}
+
+template <Family FAMILY, class V>
+FE_FN Scale<V> scale_of(V log_scale, V constant, V level) {
+  return scale_of<FAMILY>(log_scale, exponential(-log_scale), constant, level);
 }
 
 template <class V>

@@ -1,4 +1,6 @@
 // The likelihood of any family: sums of rows with their gradients, in one pass.
+#include <cmath>
+
 #include "number.cuh"
 // These take numbers as they are known by now.
 #include "../likelihood_math.h"
@@ -16,7 +18,7 @@ struct LikelihoodArguments {
   int64_t inner;  // rows under one index of the first dimension; all, where that makes no difference
   Upstream upstream;
   Activation activation;
-  S log_scale, constant, scale, shift;
+  S log_scale, precision, constant, scale, shift;
   bool levels;                   // in x
   void *nll, *slope, *partials;  // (rows,), (rows,), (2, rows, chunks)
   Ticket ticket;
@@ -43,7 +45,10 @@ class LikelihoodPass {
     upstream_ = a.upstream.data ? a.upstream.template get<S>(outer, inner) : S(0);
     const Tensor& log_scale = tensors_[LOG_SCALE];
     one_scale_ = !EXTRAS || !log_scale || log_scale.is_flat();
-    if (one_scale_) scale_ = scale(log_scale ? log_scale.flat() : a.log_scale);
+    if (one_scale_ && log_scale)
+      scale_ = scale(log_scale.flat());
+    else if (one_scale_)
+      scale_ = scale_of<FAMILY>(a.log_scale, a.precision, a.constant, a.scale);
   }
 
   FE_DEVICE void add(const Unit<SIZE>& unit, Sums& sums) const {
@@ -241,6 +246,8 @@ void likelihood(Tensor x_hat, Tensor x, MaybeTensor log_scale_tensor, MaybeTenso
     LikelihoodArguments<S> a = {};
     a.activation = static_cast<Activation>(activation);
     a.log_scale = S(log_scale), a.constant = S(constant), a.scale = S(scale), a.shift = S(shift);
+    // Rounded once, where the device's exponential may be off by more, and a gradient has its square.
+    a.precision = S(std::exp(-log_scale));
     a.levels = is_byte(x.scalar_type());
     run(tensors, upstream, static_cast<Family>(family), a, nll, slope);
   };
