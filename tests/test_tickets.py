@@ -17,7 +17,8 @@ class FakeCuda:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.stream, self.capture, self.slabs = 1, 0, 0
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=self.stream))
+        driver = types.SimpleNamespace(get_current_stream=lambda device: self.stream)
+        monkeypatch.setattr(launch.triton.runtime.driver, "_active", driver)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capture != 0)
         monkeypatch.setattr(launch, "_capture", lambda stream: self.capture)
         monkeypatch.setattr(launch.Tickets, "_slab", self._slab)

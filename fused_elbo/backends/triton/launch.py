@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -37,28 +39,24 @@ SMALLEST_BLOCK = 16
 
 WIDE_FROM = 2**31
 
+# Shapes with their strides whose rows, and lengths whose plans, are kept: a training meets few, and to find them again would
+# take as long as Triton's launch.
+REMEMBERED = 1024
+
 
 class Rows(NamedTuple):
     """Tensors of one shape (N, ...) seen as N rows.
 
     ``sizes`` are the row's dimensions that could not be merged, outermost first, and ``strides`` one tuple a tensor (None
     for None): the stride of the rows (of each leading dimension, where rows have several), then of each of ``sizes``.
+    ``wide``: row numbers, column numbers or offsets within a row exceed 32 bits.
     """
 
     rows: int
     columns: int
     sizes: tuple[int, ...]
     strides: tuple[tuple[int, ...] | None, ...]
-
-    @property
-    def wide(self) -> bool:
-        """Whether row numbers, column numbers or offsets within a row exceed 32 bits."""
-        extents = (
-            sum((size - 1) * stride for size, stride in zip(self.sizes, strides[-len(self.sizes) :], strict=True))
-            for strides in self.strides
-            if strides is not None
-        )
-        return max((self.rows, self.columns, *extents)) >= WIDE_FROM - 2 * max(TILE.values())
+    wide: bool = False
 
 
 def as_rows(*tensors: Tensor | None, keep_order: bool, leading: int = 1) -> Rows:
@@ -69,22 +67,28 @@ def as_rows(*tensors: Tensor | None, keep_order: bool, leading: int = 1) -> Rows
         keep_order: columns must run in row-major order (the noise counts them); otherwise in that of the first's memory.
         leading: how many dimensions number the rows.
     """
-    first = tensors[0]
-    given = [t for t in tensors if t is not None]
-    dims = [d for d in range(leading, first.dim()) if first.shape[d] != 1]
+    return _rows(tensors[0].shape, tuple(None if t is None else t.stride() for t in tensors), keep_order, leading)
+
+
+@functools.lru_cache(REMEMBERED)
+def _rows(shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...], keep_order: bool, leading: int) -> Rows:
+    given = [s for s in strides if s is not None]
+    dims = [d for d in range(leading, len(shape)) if shape[d] != 1]
     if not keep_order:
-        dims.sort(key=first.stride, reverse=True)
+        dims.sort(key=strides[0].__getitem__, reverse=True)
     merged: list[list[int]] = []
     for d in dims:
-        if merged and all(t.stride(merged[-1][-1]) == t.stride(d) * t.shape[d] for t in given):
+        if merged and all(s[merged[-1][-1]] == s[d] * shape[d] for s in given):
             merged[-1].append(d)
         else:
             merged.append([d])
-    sizes = tuple(math.prod(first.shape[d] for d in group) for group in merged) or (1,)
-    strides = tuple(
-        None if t is None else (*t.stride()[:leading], *([t.stride(group[-1]) for group in merged] or [1])) for t in tensors
-    )
-    return Rows(math.prod(first.shape[:leading]), math.prod(sizes), sizes, strides)
+    sizes = tuple(math.prod(shape[d] for d in group) for group in merged) or (1,)
+    steps = tuple(None if s is None else tuple(s[group[-1]] for group in merged) or (1,) for s in strides)
+    rows, columns = math.prod(shape[:leading]), math.prod(sizes)
+    extents = (sum((n - 1) * step for n, step in zip(sizes, s, strict=True)) for s in steps if s is not None)
+    wide = max((rows, columns, *extents)) >= WIDE_FROM - 2 * max(TILE.values())
+    merged_strides = tuple(None if s is None else (*s[:leading], *step) for s, step in zip(strides, steps, strict=True))
+    return Rows(rows, columns, sizes, merged_strides, wide)
 
 
 class Plan(NamedTuple):
@@ -111,6 +115,7 @@ class Plan(NamedTuple):
         return min(_power_of_two(self.chunks), COMBINE_WIDTH)
 
 
+@functools.lru_cache(REMEMBERED)
 def plan(kind: str, rows: int, columns: int, steps: int | None = None) -> Plan:
     """The one launch rule, a function of shape alone: results must not depend on the device. ``steps`` overrides its own."""
     block = max(min(_power_of_two(columns), TILE[kind]), SMALLEST_BLOCK)
@@ -122,6 +127,7 @@ def plan(kind: str, rows: int, columns: int, steps: int | None = None) -> Plan:
     return Plan(row_block, block, steps, chunks, -(-rows // row_block) * chunks, even)
 
 
+@functools.cache
 def options(kernel: str, dtype: torch.dtype) -> dict[str, int]:
     """Compiler options of a kernel that computes in ``dtype``; float64 takes what registers it needs."""
     return {"num_warps": WARPS} | ({} if dtype == torch.float64 else {"maxnreg": REGISTERS[kernel]})
@@ -148,7 +154,7 @@ class Tickets:
         if device.type != "cuda":
             # Interpreted, a launch that raised would leave its counter where it stopped.
             return torch.zeros((), dtype=torch.int32, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
+        stream = triton.runtime.driver.active.get_current_stream(device.index)
         capture = _capture(stream) if torch.cuda.is_current_stream_capturing() else 0
         key = (device, stream, capture)
         if key not in self._taken:
@@ -223,7 +229,8 @@ def as_argument(value: float | Tensor, dtype: torch.dtype, device: torch.device)
 
 def current(device: torch.device) -> contextlib.AbstractContextManager:
     """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
 
 
 def _words(value: int) -> tuple[int, int]:
