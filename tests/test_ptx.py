@@ -16,7 +16,7 @@ needs_text = pytest.mark.skipif("triton" not in conftest.PTX, reason="Triton's a
 
 if conftest.PTX:
     from ptx.launch import settings
-    from ptx.memory import Fault, Shared
+    from ptx.memory import Fault, Global, Shared, regions_of
     from ptx.units import Error
 
 SEED = 3
@@ -112,6 +112,27 @@ def test_a_byte_that_other_warps_have_read_may_not_be_written_before_a_barrier(r
             shared.store(*store)
         shared.synchronise(0)
     shared.store(*store)
+
+
+@pytest.mark.parametrize(
+    ("writers", "synchronised", "stops"),
+    [([[0], [0]], False, False), ([[0], [1]], False, True), ([[0, 1]], False, True), ([[0], [1]], True, False)],
+)
+def test_a_byte_that_another_block_has_written_may_not_be_written_before_an_atomic_operation(writers, synchronised, stops):
+    """Blocks that write a byte one after the other, or at once."""
+    tensor = torch.zeros(16)
+    memory = Global(regions_of(tensor))
+
+    def write() -> None:
+        for blocks in writers:
+            where, numbers = np.full(len(blocks), tensor.data_ptr(), dtype="u8"), np.ones((len(blocks), 1), dtype="u4")
+            memory.store(where, numbers, np.array(blocks), np.array(blocks), np.full(len(blocks), synchronised))
+
+    if stops:
+        with pytest.raises(Fault, match="writes over"):
+            write()
+    else:
+        write()
 
 
 @needs_text
