@@ -163,6 +163,30 @@ def test_a_peer_that_fails_later_is_refused_too():
     assert results["strong"].summary()["median_ms"] > 0
 
 
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_peers_take_turns_or_are_timed_one_by_one(one_by_one, monkeypatch):
+    called = []
+
+    def peer(name: str) -> peers.Peer:
+        def run():
+            called.append(name)
+            return (torch.zeros(()),)
+
+        return peers.Peer(name, "eager", lambda inputs: run, lambda inputs, found: None)
+
+    rounds = measure._rounds
+    begun = []
+    monkeypatch.setattr(measure, "_rounds", lambda *args: (begun.append(len(called)), rounds(*args)))
+    clock = cpu_clock.CpuClock(cold=False)
+    results = measure.measure(
+        [peer("a"), peer("b")], inputs(), lambda seed: inputs(), clock, 0.05, {}, one_set=True, one_by_one=one_by_one
+    )
+    assert all(result.summary()["rounds"] >= measure.LEAST_ROUNDS for result in results.values())
+    changes = sum(a != b for a, b in itertools.pairwise(called[begun[0] :]))
+    assert changes == 1 if one_by_one else changes > 1
+    assert len(begun) == (2 if one_by_one else 1)
+
+
 def inputs(size: int = 8) -> work.Inputs:
     return work.draw(Item("nll", data=(1, size)), torch.float32, torch.device("cpu"))
 

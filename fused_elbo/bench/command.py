@@ -56,12 +56,13 @@ def _measured(args: argparse.Namespace, argv: list[str], chosen: list[Item]) -> 
     kind = clock.device.type
     backends = peers.backends(kind)
     modes = peers.modes(kind, quick=args.quick) if args.compile else {}
-    facts = environment.facts(argv, clock.device, backends) | {"clock": clock.facts(), "compile_modes": modes}
+    facts = environment.facts(argv, clock.device, backends)
+    facts |= {"clock": clock.facts(), "compile_modes": modes, "one_by_one": args.one_by_one}
     file = record.Record(args.json, facts, resume=args.resume)
     budget = args.budget if args.budget is not None else QUICK_BUDGET if args.quick else BUDGETS[kind]
     minutes = args.minutes if args.minutes is not None else QUICK_MINUTES if args.quick else MINUTES[kind]
     runnable = [name for name, reason in backends.items() if reason is None]
-    session = Session(clock, runnable, modes, budget, time.perf_counter() + 60 * minutes, minutes)
+    session = Session(clock, runnable, modes, budget, time.perf_counter() + 60 * minutes, minutes, one_by_one=args.one_by_one)
     work_list = [(item, dtype) for dtype in args.dtype for item in chosen if not file.has(item.name, dtype)]
     code = 0
     try:
@@ -98,6 +99,7 @@ class Session:
         modes: of torch.compile.
         budget: seconds of timing for an item.
         deadline: when no further item begins, on ``time.perf_counter``; ``minutes`` after the beginning.
+        one_by_one: how peers are timed, as for ``measure.measure``.
     """
 
     def __init__(
@@ -108,9 +110,11 @@ class Session:
         budget: float,
         deadline: float,
         minutes: float,
+        *,
+        one_by_one: bool = False,
     ) -> None:
         self.clock, self.backends, self.modes = clock, backends, modes
-        self.budget, self.deadline, self.minutes = budget, deadline, minutes
+        self.budget, self.deadline, self.minutes, self.one_by_one = budget, deadline, minutes, one_by_one
         self.slow: dict[str, str] = {}
 
     def item(self, item: Item, dtype: str, copy_gb_per_s: float, doing: Any) -> dict[str, Any]:
@@ -149,7 +153,8 @@ class Session:
         except (MemoryError, RuntimeError) as error:
             return content | {"skipped": f"no inputs: {measure.said(error)}", "seconds": time.perf_counter() - begin}
         found = peers.peers(item, DTYPES[dtype], self.clock.device, self.backends, self.modes)
-        results = measure.measure(found, inputs, draw, self.clock, self.budget, self.slow, doing, one_set=stage is None)
+        how = {"one_set": stage is None, "one_by_one": self.one_by_one}
+        results = measure.measure(found, inputs, draw, self.clock, self.budget, self.slow, doing, **how)
         content["peers"] = {name: result.summary() for name, result in results.items()}
         content["rows"] = report.rows(content, copy_gb_per_s)
         return content | {"seconds": time.perf_counter() - begin}
@@ -179,7 +184,8 @@ def heading(content: dict[str, Any]) -> str:
         f"{where}, torch {facts['torch']} ({facts['torch_capability']}), triton {facts['triton']}, "
         f"commit {facts['commit']}{' and changes' if facts['uncommitted_changes'] else ''}, {facts['date']}",
         f"Backends left out: {'; '.join(left_out) or 'none'}.",
-        "Medians. x eager, x compiled: how many times as long as ours the best of them takes. GB/s: of what must be moved.",
+        f"Medians, {'one by one' if facts.get('one_by_one') else 'in turns'}. x eager, x compiled: how many times as long as "
+        "ours the best of them takes. GB/s: of what must be moved.",
     ]
     if copied:
         lines.append(f"A copy of {copied['bytes'] / 1e6:.0f} MB: {copied['gb_per_s']:.1f} GB/s, read and written.")

@@ -36,7 +36,7 @@ PREFIXES = (
 FOLDERS = ("_DIR", "_HOME", "_PATH", "_ROOT")
 
 # Times of two runs that differ in one of these are not to be put side by side in one file.
-DECISIVE = ("device", "gpu", "cpu", "threads", "torch", "triton", "python", "native_capability", "commit")
+DECISIVE = ("device", "gpu", "cpu", "threads", "torch", "triton", "python", "native_capability", "commit", "one_by_one")
 
 
 def facts(argv: Sequence[str], device: torch.device, backends: Mapping[str, str | None]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def facts(argv: Sequence[str], device: torch.device, backends: Mapping[str, str 
 
 def differences(stored: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """In words, what forbids to go on with a record that was ``stored`` elsewhere."""
-    return [f"{key} {stored.get(key)}, here {here[key]}" for key in DECISIVE if stored.get(key) != here[key]]
+    return [f"{key} {stored.get(key)}, here {here.get(key)}" for key in DECISIVE if stored.get(key) != here.get(key)]
 
 
 def read(path: str) -> str:

@@ -100,12 +100,16 @@ def measure(
     report: Callable[[str], None] = lambda doing: None,
     *,
     one_set: bool = False,
+    one_by_one: bool = False,
 ) -> dict[str, Result]:
     """Check all peers, then time in rounds those that are right.
 
     In a round everybody has one turn of at least ``TURN_SECONDS``, so that what the machine does besides meets all alike. Who
     has used up an equal share of ``budget`` (seconds) drops out, after ``LEAST_ROUNDS`` at the earliest: slow peers do not
     take the rounds of the quick ones.
+
+    ``one_by_one`` everybody has all of its turns in a row instead, as in a training, which calls one loss alone: it finds the
+    memory that it has freed itself, and the machine may be another for the next.
 
     Args:
         peers: who takes part.
@@ -116,6 +120,7 @@ def measure(
         slow: modes of torch.compile that are not tried, with the reason; one that takes too long here is added.
         report: is told what is being done.
         one_set: there are no other inputs than the first, so that the caches are hot (a training step has a model of its own).
+        one_by_one: see above.
 
     Returns:
         By name, and in all but the first state with that state: what came of it.
@@ -155,7 +160,8 @@ def measure(
     running = [turn for turn in turns if turn.result.refused is None]
     level(running)
     report("rounds")
-    _rounds(running, budget / max(1, len(turns)))
+    for together in ([turn] for turn in running) if one_by_one else (running,):
+        _rounds(together, budget / max(1, len(turns)))
     return results
 
 

@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--cold", action="store_true", help="on a CPU, also with inputs that no cache holds; a GPU has it anyway (default: off)"
     )
+    add("--one-by-one", action="store_true",
+        help="every peer's calls in a row, as in a training, which finds memory as it left it (default: in turns)")  # fmt: skip
     add("--no-compile", dest="compile", action="store_false", help="without torch.compile (default: with it)")
     shown = "{cpu:g} on a CPU, {cuda:g} on a GPU"
     add("--budget", type=float, metavar="SECONDS", help=f"of timing, for each item (default: {shown.format(**BUDGETS)})")
