@@ -127,6 +127,18 @@ def test_training_steps_are_those_of_the_record():
     assert {(name, how): tuple(figures) for name, how, *figures in rows} == found
 
 
+def test_calls_in_a_row_are_those_of_the_record():
+    record = json.loads((ROOT / "benchmarks/results/cpu-one-by-one.json").read_text())
+    assert record["environment"]["one_by_one"]
+    table = DOCS["performance.md"].partition("| called in a row |")[2].partition("\n\n")[0]
+    lines = re.findall(r"^\| (\w+ \d+x\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", table, re.MULTILINE)
+    found = {row["item"]: row for item in record["items"] for row in item["rows"] if row["backend"] == "native"}
+    assert len(lines) == 3
+    for name, *figures in lines:
+        row = found[name]
+        assert figures == [f"{row['ms']['ours']:.3g}", *(f"{ratio:.2f}" for ratio in row["ratios"])], name
+
+
 @pytest.fixture(scope="module")
 def with_cauchy(tmp_path_factory) -> Path:
     """A copy of what the guide to a likelihood changes, with its patch."""
