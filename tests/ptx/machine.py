@@ -353,16 +353,29 @@ class Machine:
         self._mov(modifiers, operands, threads)
 
     def _ldmatrix(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
-        """Four matrices of 8 rows of 16 bytes; lane 8 m + r has the address of row r of matrix m."""
         to, address = operands
-        rows = self.shared.load(self._address(address, threads), 32, 4, self.block[threads], self.warp[threads])
+        lanes = self._lanes_of_rows(to, threads)
+        rows = self.shared.load(self._address(address, lanes), 32, 4, self.block[lanes], self.warp[lanes])
         # Thread t gets word t % 4 of row t // 4 of each.
-        matrices = rows.reshape(-1, 4, WARP)
+        matrices = _matrices(rows, modifiers).reshape(-1, len(to), WARP)
         for k, register in enumerate(to):
             self._write(register, np.ascontiguousarray(matrices[:, k]).reshape(-1), threads)
 
     def _stmatrix(self, modifiers: tuple[str, ...], operands: tuple[Operand, ...], threads: Threads) -> None:
         address, given = operands
-        matrices = [self._read(r, TYPES["b32"], threads).reshape(-1, WARP) for r in given]
-        rows = np.stack(matrices, axis=1).reshape(-1, 4)
-        self.shared.store(self._address(address, threads), rows, self.block[threads], self.warp[threads])
+        lanes = self._lanes_of_rows(given, threads)
+        words = np.stack([self._read(r, TYPES["b32"], threads).reshape(-1, WARP) for r in given], axis=1)
+        rows = _matrices(words, modifiers).reshape(-1, 4)
+        self.shared.store(self._address(address, lanes), rows, self.block[lanes], self.warp[lanes])
+
+    def _lanes_of_rows(self, matrices: Operand, threads: Threads) -> Values:
+        """Of one, two or four matrices of 8 rows of 16 bytes: lane 8 m + r has the address of row r of matrix m."""
+        chosen = np.arange(len(self.place))[threads]
+        return chosen[chosen % WARP < 8 * len(matrices)]
+
+
+def _matrices(words: Values, modifiers: tuple[str, ...]) -> Values:
+    """8 x 8 numbers of 16 bits each, as words of two, and transposed where that is asked for."""
+    found = np.ascontiguousarray(words).view("u2").reshape(-1, 8, 8)
+    found = found.swapaxes(1, 2) if "trans" in modifiers else found
+    return np.ascontiguousarray(found).view("u4")
