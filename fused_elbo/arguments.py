@@ -105,7 +105,11 @@ def per_term(name: str, value: object, shape: tuple[int, ...], other_name: str, 
 
 def grad_scale(value: object, x_hat: Tensor) -> float | Tensor:
     value = scalar("grad_scale", value, "x_hat", x_hat)
-    if not isinstance(value, float) and value.requires_grad:
+    if isinstance(value, float):
+        most = torch.finfo(torch.promote_types(x_hat.dtype, torch.float32)).max
+        if not abs(value) <= most:
+            raise ValueError(f"grad_scale: got {value}, takes a number up to {most:.2g}, where losses of {x_hat.dtype} end")
+    elif value.requires_grad:
         raise ValueError("grad_scale: got a tensor that requires grad, takes a constant: it only says what backward will bring")
     return value
 

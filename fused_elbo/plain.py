@@ -79,7 +79,7 @@ def _data(
     x_hat = arguments.batched("x_hat", x_hat)
     x = arguments.like("x", x, "x_hat", x_hat)
     # The defaults need no check, and a check takes longer than to see that.
-    if type(grad_scale) is not float:
+    if type(grad_scale) is not float or grad_scale != 1.0:
         grad_scale = arguments.grad_scale(grad_scale, x_hat)
     if type(sigma) is float and sigma == 1.0 and full is False:
         likelihood = UNIT

@@ -94,6 +94,9 @@ CASES = [
             ((T, T), {"reduction": None}, ValueError, "reduction", ("None", "'mean', 'sum', 'none'")),
             ((T, T), {"grad_scale": "1"}, TypeError, "grad_scale", ("'1'", "float")),
             ((T, T), {"grad_scale": -(10**400)}, ValueError, "grad_scale", ("beyond 1.8e+308", "float")),
+            ((T, T), {"grad_scale": 1e39}, ValueError, "grad_scale", ("1e+39", "up to 3.4e+38")),
+            ((T, T), {"grad_scale": float("nan")}, ValueError, "grad_scale", ("nan", "up to 3.4e+38")),
+            ((T, T), {"grad_scale": -1e39, "likelihood": "laplace"}, ValueError, "grad_scale", ("-1e+39", "up to 3.4e+38")),
             ((T, T), {"grad_scale": ROW}, ValueError, "grad_scale", ("(3,)", "one element")),
             ((T, T), {"grad_scale": KEYS[0]}, TypeError, "grad_scale", ("torch.int64", "torch.float32")),
             ((T, T), {"grad_scale": SCALAR.to("meta")}, ValueError, "grad_scale", ("meta", "cpu")),
@@ -179,6 +182,7 @@ def test_scalars_of_the_host_serve_any_device(device):
     x = torch.zeros(3, 4, device=device)
     kl = torch.ones(3, device=device)
     assert fe.elbo_loss(x, x, kl=kl, beta=torch.tensor(2.0), grad_scale=torch.tensor([1.0])).loss.item() == 2
+    assert fe.elbo_loss(x.double(), x, kl=kl, grad_scale=1e39).loss.item() == 1
 
 
 @pytest.mark.parametrize("arguments", [{}, {"chunk_dim": None}])
