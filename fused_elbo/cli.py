@@ -144,6 +144,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from torch import OutOfMemoryError
+
     from .vae.comparison import TrainingFailed, compare, table
     from .vae.config import TrainConfig
     from .vae.data import DataError
@@ -174,6 +176,13 @@ def _train(args: argparse.Namespace) -> int:
         # Of its machine's troubles no other process knows.
         if isinstance(error, OSError) or not silent():
             print(f"python -m fused_elbo train: error: {error}", file=sys.stderr)
+        return BAD_ARGUMENTS
+    except OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+        print(
+            f"python -m fused_elbo train: error: take a smaller --batch-size than {config.batch_size}: {reason}",
+            file=sys.stderr,
+        )
         return BAD_ARGUMENTS
     except Interrupted:
         if silent():

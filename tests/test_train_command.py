@@ -76,6 +76,16 @@ def test_a_model_without_room_is_one_line(data, tmp_path, capsys, monkeypatch):
     assert ".cpp" not in err
 
 
+def test_a_gpu_without_room_is_one_line(tmp_path, capsys, monkeypatch):
+    def train(config):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nIf reserved ...")
+
+    monkeypatch.setattr(training, "train", train)
+    assert cli.main(["train", "--out", str(tmp_path / "run"), "--batch-size", "4000000"]) == 2
+    said = "take a smaller --batch-size than 4000000: CUDA out of memory. Tried to allocate 20.00 GiB."
+    assert capsys.readouterr().err == f"python -m fused_elbo train: error: {said}\n"
+
+
 MET = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
