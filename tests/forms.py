@@ -1,19 +1,26 @@
-"""The forms of ``elbo_loss`` under test, their inputs, and their gradients by the oracle."""
+"""The forms of ``elbo_loss`` under test and ``gaussian_nll``, their inputs, and their gradients by the oracle."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import oracle
 import torch
 
 import fused_elbo as fe
 
-FORMS = ("classic", "packed", "kl")
+FORMS = ("classic", "packed", "kl", "nll")
 SEED = 12
+
+
+class LossAlone(NamedTuple):
+    loss: torch.Tensor
 
 
 def inputs_of(form, device, dtype=torch.float32, scale=1.0) -> dict[str, torch.Tensor]:
     shapes = {"x_hat": (3, 2, 5), "x": (3, 2, 5), "mu": (3, 4), "logvar": (3, 4), "kl": (3,)}
-    names = {"classic": ("x_hat", "x", "mu", "logvar"), "packed": ("x_hat", "x", "mu"), "kl": ("x_hat", "x", "kl")}[form]
+    parts = {"classic": ("mu", "logvar"), "packed": ("mu",), "kl": ("kl",), "nll": ()}
+    names = ("x_hat", "x", *parts[form])
     made = {n: oracle.randn(*s, seed=i, dtype=dtype, device=device, scale=scale) for i, (n, s) in enumerate(shapes.items())}
     if "kl" in names:
         made["kl"] = made["kl"].abs()
@@ -21,6 +28,8 @@ def inputs_of(form, device, dtype=torch.float32, scale=1.0) -> dict[str, torch.T
 
 
 def elbo(form, leaves, **options):
+    if form == "nll":
+        return LossAlone(fe.gaussian_nll(**leaves, **{n: v for n, v in options.items() if n != "beta"}))
     return fe.elbo_loss(**leaves, **({"chunk_dim": 1} if form == "packed" else {}), **options)
 
 
@@ -30,6 +39,9 @@ def leaves_of(inputs) -> dict[str, torch.Tensor]:
 
 def exact_gradients(form, inputs, upstream, **options):
     wide = {name: oracle.leaf(t.double()) for name, t in inputs.items()}
+    if form == "nll":
+        # A KL of nothing.
+        options["kl"] = torch.zeros_like(wide["x"][:, 0, 0])
     loss = oracle.elbo(**wide, **({"chunk_dim": 1} if form == "packed" else {}), **options)[0]
     upstream = torch.as_tensor(upstream, dtype=torch.float64, device=loss.device)
     return oracle.grads(loss, list(wide.values()), upstream.expand(loss.shape))
