@@ -384,3 +384,9 @@ def test_counts_beyond_32_bits_are_counted_in_64(shape, wide):
     assert launch.as_rows(t, keep_order=True).wide is wide
     # A column apart, twice the offsets.
     assert launch.as_rows(torch.empty(3, 2**30, 2, device="meta")[:, :, 0], keep_order=True).wide
+
+
+def test_dimensions_merge_as_they_lie_in_memory():
+    launch = pytest.importorskip("fused_elbo.backends.triton.launch")
+    t = torch.empty(2, 3, 4, 5, device="meta").contiguous(memory_format=torch.channels_last)
+    assert [launch.as_rows(t, keep_order=kept).sizes for kept in (False, True)] == [(60,), (3, 20)]
