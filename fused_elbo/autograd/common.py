@@ -44,13 +44,24 @@ def rows_of(g_loss: Tensor | None, weight: float | None, g_term: Tensor | None, 
     return g_loss * weight + g_term, 1.0
 
 
-def scaled(gradients: Sequence[Tensor], upstream: Tensor, expected: float | Tensor, backend: ModuleType) -> Sequence[Tensor]:
+def rescaled(gradients: Sequence[Tensor], upstream: Tensor, expected: float | Tensor, backend: ModuleType) -> Sequence[Tensor]:
     """Gradients that were computed for the upstream gradient ``expected``, for that which came."""
     if torch._C._autograd._get_current_graph_task_keep_graph():
         factor = upstream / expected
         return [g * factor for g in gradients]
     backend.rescale_(gradients, upstream, expected)
     return gradients
+
+
+def underflow(gradients: Sequence[Tensor]) -> bool:
+    """Whether what was computed for one upstream gradient may be too small to be scaled for another."""
+    return torch.float16 in [g.dtype for g in gradients]
+
+
+def placed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Those that there are, each in the place of what needed it."""
+    rest = iter(gradients)
+    return [next(rest, None) if needed else None for needed in needs]
 
 
 def composed() -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ..spec import DataGradients, Likelihood, compute_dtype
-from .common import composed, differentiable, scaled
+from .common import composed, differentiable, placed, rescaled, underflow
 
 
 class NLL(torch.autograd.Function):
@@ -72,9 +72,8 @@ class NLL(torch.autograd.Function):
 
             return *differentiable(formula, tensors, (g_total, g_nll)), None, None
 
-        if g_nll is None and baked and not any(g.dtype == torch.float16 for g in baked):
-            rest = iter(scaled(baked, g_total, grad_scale, backend))
-            return *(next(rest) if needed else None for needed in needs), *(None,) * 4
+        if g_nll is None and baked and not underflow(baked):
+            return *placed(rescaled(baked, g_total, grad_scale, backend), needs), *(None,) * 4
         upstream = g_nll
         if g_total is not None:
             total = (g_total * total_weight).expand(tensors[0].shape[:2])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ..spec import Gaussian, Gradients, compute_dtype
-from .common import composed, differentiable, halves, noise_of, rows_of, scaled
+from .common import composed, differentiable, halves, noise_of, placed, rescaled, rows_of, underflow
 
 
 class Excess(torch.autograd.Function):
@@ -158,8 +158,8 @@ class ELBO(torch.autograd.Function):
             g_beta = (rows * factor * kl).sum().reshape(beta.shape)
 
         foreseen = weight is not None and g_nll is None and g_kl is None
-        if foreseen and (inplace or not _underflow(baked)):
-            gradients = _sorted(scaled(baked, g_loss, grad_scale, backend), needs)
+        if foreseen and (inplace or not underflow(baked)):
+            gradients = placed(rescaled(baked, g_loss, grad_scale, backend), needs)
             if needs[4]:
                 gradients[4] = gradients[4].expand_as(kl)
         else:
@@ -193,7 +193,7 @@ class ELBO(torch.autograd.Function):
         if rows is not None and (needs[0] or needs[1]):
             expected = None
             if reuse is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
-                (g_x_hat, g_x, *_), expected = _sorted(reuse[0], needs), reuse[1]
+                (g_x_hat, g_x, *_), expected = placed(reuse[0], needs), reuse[1]
             else:
                 g_x_hat = torch.empty_like(x_hat) if needs[0] else None
                 g_x = torch.empty_like(x) if needs[1] else None
@@ -245,24 +245,21 @@ class GaussianNLL(torch.autograd.Function):
             g_x_hat = _given_up(x_hat)
         ctx.call = grad_scale, options
         scale = grad_scale if isinstance(grad_scale, Tensor) else None
-        ctx.save_for_backward(None if inplace else x_hat, x, scale, g_x_hat, g_x)
+        ctx.save_for_backward(None if inplace else x_hat, x, scale, *(g for g in (g_x_hat, g_x) if g is not None))
         return loss
 
     @staticmethod
     def backward(ctx: Any, g_loss: Tensor) -> tuple:
-        x_hat, x, grad_scale, g_x_hat, g_x = ctx.saved_tensors
+        x_hat, x, grad_scale, *baked = ctx.saved_tensors
         expected, options = ctx.call
-        inplace, backend = options[4:]
+        _, _, _, needs, inplace, backend = options
+        upstream = (g_loss, None, None)
         if composed():
-            gradients = ELBO._double_backward(options, (x_hat, x, None, None, None, 1.0), (g_loss, None, None))
-            return *gradients[:2], None, None
+            return *ELBO._double_backward(options, (x_hat, x, None, None, None, 1.0), upstream)[:2], None, None
         expected = expected if grad_scale is None else grad_scale
-        baked = [g for g in (g_x_hat, g_x) if g is not None]
-        if inplace or not _underflow(baked):
-            found = iter(scaled(baked, g_loss, expected, backend))
-            return None if g_x_hat is None else next(found), None if g_x is None else next(found), None, None
-        found = ELBO._recomputed(options, (x_hat, x, None, None), 1.0, (g_loss, None, None), (baked, expected))
-        return *found[:2], None, None
+        if inplace or not underflow(baked):
+            return *placed(rescaled(baked, g_loss, expected, backend), needs[:2]), None, None
+        return *ELBO._recomputed(options, (x_hat, x, None, None), 1.0, upstream, (baked, expected))[:2], None, None
 
 
 def _given_up(x_hat: Tensor) -> Tensor:
@@ -270,14 +267,3 @@ def _given_up(x_hat: Tensor) -> Tensor:
     # Whoever saved x_hat must learn that it is gone.
     torch.autograd.graph.increment_version(x_hat)
     return x_hat.detach()
-
-
-def _underflow(gradients: Sequence[Tensor]) -> bool:
-    """Whether what was computed for one upstream gradient may be too small to be scaled for another."""
-    return torch.float16 in [g.dtype for g in gradients]
-
-
-def _sorted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    """Those that there are, each in the place of what needed it."""
-    rest = iter(gradients)
-    return [next(rest, None) if needed else None for needed in needs]
