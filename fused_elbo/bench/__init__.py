@@ -8,9 +8,10 @@ The record that ``--json`` writes, after each item and whole or not at all, is o
     ``date``, ``command``, ``fused_elbo``, ``commit`` and ``uncommitted_changes`` (None outside a checkout), ``device`` ("cpu",
     "cuda"), ``gpu``, ``cpu``, ``cpus``, ``threads``, ``system``, ``python``, ``torch``, ``triton``, ``torch_capability``,
     ``native_capability`` (instruction sets on the CPU), ``backends`` ("timed", or the reason of one that was not),
+    ``one_by_one`` (peers were not timed in turns),
     ``transparent_hugepages``, ``variables`` (of the environment), ``clock`` (of the device: on a GPU its properties, and what
     nvidia-smi says of driver and limits; on a CPU the largest cache and the processors that were allowed), ``compile_modes``
-    (torch.compile's arguments by mode), ``one_by_one`` (peers were not timed in turns).
+    (torch.compile's arguments by mode).
 ``conditions``
     A list of what the device said of its clocks (and power and temperature) before the first item and after the last one of
     each run.

@@ -56,8 +56,8 @@ def _measured(args: argparse.Namespace, argv: list[str], chosen: list[Item]) -> 
     kind = clock.device.type
     backends = peers.backends(kind)
     modes = peers.modes(kind, quick=args.quick) if args.compile else {}
-    facts = environment.facts(argv, clock.device, backends)
-    facts |= {"clock": clock.facts(), "compile_modes": modes, "one_by_one": args.one_by_one}
+    facts = environment.facts(argv, clock.device, backends, one_by_one=args.one_by_one)
+    facts |= {"clock": clock.facts(), "compile_modes": modes}
     file = record.Record(args.json, facts, resume=args.resume)
     budget = args.budget if args.budget is not None else QUICK_BUDGET if args.quick else BUDGETS[kind]
     minutes = args.minutes if args.minutes is not None else QUICK_MINUTES if args.quick else MINUTES[kind]
@@ -153,8 +153,10 @@ class Session:
         except (MemoryError, RuntimeError) as error:
             return content | {"skipped": f"no inputs: {measure.said(error)}", "seconds": time.perf_counter() - begin}
         found = peers.peers(item, DTYPES[dtype], self.clock.device, self.backends, self.modes)
-        how = {"one_set": stage is None, "one_by_one": self.one_by_one}
-        results = measure.measure(found, inputs, draw, self.clock, self.budget, self.slow, doing, **how)
+        results = measure.measure(
+            found, inputs, draw, self.clock, self.budget, self.slow, doing,
+            one_set=stage is None, one_by_one=self.one_by_one,
+        )  # fmt: skip
         content["peers"] = {name: result.summary() for name, result in results.items()}
         content["rows"] = report.rows(content, copy_gb_per_s)
         return content | {"seconds": time.perf_counter() - begin}
@@ -184,7 +186,7 @@ def heading(content: dict[str, Any]) -> str:
         f"{where}, torch {facts['torch']} ({facts['torch_capability']}), triton {facts['triton']}, "
         f"commit {facts['commit']}{' and changes' if facts['uncommitted_changes'] else ''}, {facts['date']}",
         f"Backends left out: {'; '.join(left_out) or 'none'}.",
-        f"Medians, {'one by one' if facts.get('one_by_one') else 'in turns'}. x eager, x compiled: how many times as long as "
+        f"Medians, {'one by one' if facts['one_by_one'] else 'in turns'}. x eager, x compiled: how many times as long as "
         "ours the best of them takes. GB/s: of what must be moved.",
     ]
     if copied:

@@ -39,7 +39,9 @@ FOLDERS = ("_DIR", "_HOME", "_PATH", "_ROOT")
 DECISIVE = ("device", "gpu", "cpu", "threads", "torch", "triton", "python", "native_capability", "commit", "one_by_one")
 
 
-def facts(argv: Sequence[str], device: torch.device, backends: Mapping[str, str | None]) -> dict[str, Any]:
+def facts(
+    argv: Sequence[str], device: torch.device, backends: Mapping[str, str | None], *, one_by_one: bool = False
+) -> dict[str, Any]:
     """What is known before anything is timed; ``backends`` has the reason of each that is left out."""
     changes = _git("--no-optional-locks", "status", "--porcelain")
     return {
@@ -60,6 +62,7 @@ def facts(argv: Sequence[str], device: torch.device, backends: Mapping[str, str 
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "native_capability": native.capability(),
         "backends": {name: reason or "timed" for name, reason in backends.items()},
+        "one_by_one": one_by_one,
         # Large tensors are new pages at each call, so what a page is decides how long the largest items take.
         "transparent_hugepages": read("/sys/kernel/mm/transparent_hugepage/enabled").strip() or None,
         "variables": {
@@ -70,7 +73,7 @@ def facts(argv: Sequence[str], device: torch.device, backends: Mapping[str, str 
 
 def differences(stored: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """In words, what forbids to go on with a record that was ``stored`` elsewhere."""
-    return [f"{key} {stored.get(key)}, here {here.get(key)}" for key in DECISIVE if stored.get(key) != here.get(key)]
+    return [f"{key} {stored.get(key)}, here {here[key]}" for key in DECISIVE if stored.get(key) != here[key]]
 
 
 def read(path: str) -> str:

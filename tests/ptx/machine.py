@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fused_elbo.codegen.hardware import LANES_PER_WARP as WARP
+
 from . import units
 from .memory import Fault, Global, Region, Shared
 from .program import CONTROL, Address, Instruction, Operand, Program
 from .units import SIGNED, TYPES, UNSIGNED, Error, Values
 
-WARP = 32
 # Types of numbers that registers hold as words, or in pairs.
 SHORT = {"bf16": "b16", "bf16x2": "b32", "f16x2": "b32", "s16x2": "b32", "u16x2": "b32", "f32x2": "b64"}
 
