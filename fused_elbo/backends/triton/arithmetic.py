@@ -25,6 +25,7 @@ HIGHEST = tl.constexpr(178.0)
 # m is 0 here, so exp(v) - 1 can be put together from parts that are small with v.
 NEAR = tl.constexpr(1.38)
 SERIES_TERMS = tl.constexpr(18)
+MINUS_FOUR = tl.constexpr(-0x3F800000)  # the bits of -4.0
 
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -36,6 +37,14 @@ def lg2(x):
         return tl.log2(x)
     else:
         return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def ex2(x):
+    if INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -210,10 +219,30 @@ def _excess64(v):
 
 
 @triton.jit
-def sigma_and_excess(v):
-    """exp(v/2) and expm1(v) - v for a log-variance v."""
+def _rough_sigma_and_excess(v):
+    """For a v that was rounded to 16 bits, to which these add nothing: the excess is within 1.4e-6 for |v| <= 8, 6.4e-6 for
+    |v| <= 80, the hardware's power of two within 2 units in the last place."""
+    sigma = ex2(0.7213475204444817 * v)
+    # (exp(v) - 1 - v) / (v^2 exp(v/2)) for v in [-1, 3), minimax: 2.3e-7. Elsewhere the difference cancels little.
+    p = 1.1021014804e-6 * v - 1.78035821997e-5
+    p = p * v + 0.000260452237195
+    p = p * v - 0.00208452004213
+    p = p * v + 0.0208337527667
+    p = p * v - 0.0833329600958
+    p = p * v + 0.499999934416
+    minus = -1.0 - v
+    # One comparison for -4 < minus < 0: as integers, negative floats are the smallest, from -0 upwards.
+    near = minus.to(tl.int32, bitcast=True) < MINUS_FOUR
+    return sigma, tl.where(near, v * v * sigma * p, sigma * sigma + minus)
+
+
+@triton.jit
+def sigma_and_excess(v, NARROW: tl.constexpr = False):
+    """exp(v/2) and expm1(v) - v for a log-variance v. NARROW: it has 16 bits."""
     if v.dtype == tl.float64:
         return tl.exp(0.5 * v), _excess64(v)
+    elif NARROW:
+        return _rough_sigma_and_excess(v)
     else:
         sigma, g, tail = _half_exponential(v)
         return sigma, tl.where(tl.abs(v) < NEAR, 0.25 * g * g + tail, (sigma * sigma - 1.0) - v)

@@ -8,7 +8,7 @@ near 1, so ours is a polynomial.
 import triton
 import triton.language as tl
 
-from .arithmetic import INTERPRETED, fma, lg2, sigma_and_expm1
+from .arithmetic import INTERPRETED, ex2, fma, lg2, sigma_and_expm1
 
 LOG2_E = tl.constexpr(1.4426950216293335)
 # What float32 leaves of log2(e).
@@ -20,14 +20,6 @@ HIGHEST = tl.constexpr(88.72)
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 # Bits of the float32 next to sqrt(1/2), where a mantissa's range begins.
 ROOT_HALF_BITS = tl.constexpr(0x3F3504F3)
-
-
-@triton.jit
-def _ex2(x):
-    if INTERPRETED:
-        return tl.exp2(x)
-    else:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -56,7 +48,7 @@ def _exponential(v):
     """exp(v) of a float32 within bounds, which is told what the rounding of v log2(e) took."""
     power = v * LOG2_E
     rest = fma(v, LOG2_E_REST, fma(v, LOG2_E, -power))
-    r = _ex2(power)
+    r = ex2(power)
     return fma(r, rest * LN2, r)
 
 

@@ -41,6 +41,7 @@ def rsample_kl_kernel(
     shift = 0 if ALIGNED else (element % 4).to(tl.int32)
     if seed is not None:
         key = key_of(seed, seed_stride, row, row_mask, SEED_PER_SAMPLE)
+    NARROW: tl.constexpr = mu.dtype.element_ty.primitive_bitwidth == 16 and logvar.dtype.element_ty.primitive_bitwidth == 16
     total = tl.zeros([ROWS, BLOCK], COMPUTE)
     for step in range(steps):
         column = columns_of(chunk, step, steps, shift, BLOCK, WIDE)
@@ -53,7 +54,7 @@ def rsample_kl_kernel(
             else:
                 first = element // 4 + (chunk * steps + step).to(tl.int64) * (BLOCK // 4)
                 noise = normals(key, offset_low, offset_high, first, BLOCK, PACK, WIDE_NOISE, COMPUTE)
-        sigma, excess = sigma_and_excess(lv)
+        sigma, excess = sigma_and_excess(lv, NARROW)
         if z is not None:
             sample = m + noise * sigma
             tl.store(pointers(z, row, column, sizes, z_strides), sample.to(z.dtype.element_ty), mask)
