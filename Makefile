@@ -56,20 +56,23 @@ test: lint docs cpu-library
 PTX ?= tests
 ptx: export OMP_NUM_THREADS = 1
 ptx: $(READY)
-	for backend in $$($(BIN)/python -c "import importlib.util as u; print('triton' * bool(u.find_spec('triton')))") \
-	  $(if $(wildcard build/objects/cuda/*.o),native); do \
+	backends=$$($(BIN)/python -c "import importlib.util as u; print('triton' * bool(u.find_spec('triton')))") || exit 1; \
+	for backend in $$backends $(if $(wildcard build/objects/cuda/*.o),native); do \
 	  FUSED_ELBO_PTX=$$backend FUSED_ELBO_REQUIRE_BACKENDS=$$backend $(BIN)/python -m pytest -n auto -q -k "$$backend or ptx" $(PTX) || exit 1; done
 
 # The native backend's tests on the instruction sets of this processor that are not its best.
 instruction-sets: cpu-library
-	for set in $$($(BIN)/python -c "from fused_elbo.backends import native; print(*native.supported()[1:])"); do \
+	sets=$$($(BIN)/python -c "from fused_elbo.backends import native; print(*native.supported()[1:])") || exit 1; \
+	for set in $$sets; do \
 	  echo "FUSED_ELBO_CPU=$$set"; FUSED_ELBO_CPU=$$set $(NATIVE_TESTS) -q || exit 1; done
 
 # The same tests on a CPU library that watches its memory and its arithmetic. Leaks are not looked for: Python's would drown ours.
 sanitize: export OMP_NUM_THREADS = 1
 sanitize: cpu-library
 	$(BUILD) --sanitize
-	for set in $$($(BIN)/python -c "from fused_elbo.backends import native; print(*native.supported())"); do \
+	sets=$$($(BIN)/python -c "from fused_elbo.backends import native; print(*native.supported())") || exit 1; \
+	[ -n "$$sets" ] || { echo "no CPU library: python -m fused_elbo doctor says why"; exit 1; }; \
+	for set in $$sets; do \
 	  echo "FUSED_ELBO_CPU=$$set"; FUSED_ELBO_CPU=$$set FUSED_ELBO_LIB=$(CURDIR)/build/sanitize ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libubsan.so) $(NATIVE_TESTS) -q || exit 1; done
 

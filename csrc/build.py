@@ -151,7 +151,7 @@ def cpu_recipe(torch: Torch, work: Path, options: Options) -> Recipe:
 
 def cuda_recipe(torch: Torch, work: Path, options: Options) -> Recipe:
     cxx = tools.cxx()
-    nvcc = [*tools.nvcc(), "-ccbin", cxx[-1]]
+    nvcc = [*tools.nvcc(), "-ccbin", tools.host_compiler()]
     known = _output([*nvcc, "--list-gpu-arch"]).split()
     gpus = [gpu for gpu in GPUS if f"compute_{gpu}" in known]
     if not gpus:

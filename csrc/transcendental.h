@@ -88,11 +88,6 @@ struct Elementary<double> {
   }
 };
 
-template <class V>
-FE_FN V absolute(V v) {
-  return v < Real<V>::of(0) ? -v : v;
-}
-
 // v = n ln 2 + r with |r| <= ln(2) / 2: expm1 is exp(r) - 1, and `rounded` holds n in its low bits.
 template <class V>
 struct ReducedExponential {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from . import arguments
 
 # Read by every public function: outside of ``check_values`` that is all that it costs them.
 active = False
+_blocks, _lock = 0, threading.Lock()
 
 # Latent diffusion clamps log-variances at -30 (Rombach et al. 2022); nothing that was trained lies far beyond.
 FARTHEST_LOGVAR = 30.0
@@ -29,18 +31,24 @@ ENOUGH = 32
 def check_values() -> Iterator[None]:
     """Look at the values that each call gets in a ``with`` block, in every thread.
 
-    ``rsample_kl``, ``reparameterize``, ``kl_divergence``, ``kl_per_dim``, ``nll``, ``gaussian_nll`` and ``elbo_loss``, and the
-    modules over them, raise a ValueError for what cannot be right (NaN, inf, a negative deviation, a target outside of a
-    likelihood's support) and warn of what is likely a mistake (a variance passed as log-variance, probabilities as logits, a
-    weight of the KL that belongs to a mean); docs/messages.md has them all. This waits for the device in each call. Compiled
-    code, functions under a transform and tensor subclasses are not looked into.
+    All functions that take tensors, and the modules over them, raise a ValueError for what cannot be right (NaN, inf, a
+    negative deviation, a target outside of a likelihood's support) and warn of what is likely a mistake (a variance passed as
+    log-variance, probabilities as logits, a weight of the KL that belongs to a mean); docs/messages.md has them all. This waits
+    for the device in each call. Compiled code, functions under a transform and tensor subclasses are not looked into.
     """
-    global active
-    before, active = active, True
+    _enter(1)
     try:
         yield
     finally:
-        active = before
+        _enter(-1)
+
+
+def _enter(by: int) -> None:
+    """So many blocks more: threads' may overlap."""
+    global active, _blocks
+    with _lock:
+        _blocks += by
+        active = _blocks > 0
 
 
 def latent(
@@ -53,6 +61,16 @@ def latent(
 def likelihood(x_hat: Tensor, x: Tensor, options: dict[str, Any]) -> None:
     """The arguments of ``fused_elbo.nll``; ``options`` are its ``LikelihoodOptions``."""
     _warn(_likelihood(x_hat, x, options))
+
+
+def linear(h: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, options: dict[str, Any]) -> None:
+    """The arguments of ``fused_elbo.linear_gaussian_nll``; ``options`` are its ``LikelihoodOptions``."""
+    mask = options.get("mask")
+    if _readable(h, weight, bias, x, mask):
+        for name, t in (("h", h), ("weight", weight), ("bias", bias)):
+            if t is not None:
+                _finite(name, t)
+        _target(x, _over(mask, x), options)
 
 
 def objective(
@@ -124,19 +142,11 @@ def _likelihood(x_hat: Tensor, x: Tensor, options: dict[str, Any]) -> list[str]:
     mask = options.get("mask")
     if not _readable(x_hat, x, mask):
         return []
-    if mask is not None:
-        mask = arguments.leading("mask", arguments.boolean("mask", mask), "x", x)
+    mask = _over(mask, x)
     _finite("x_hat", x_hat, mask)
-    _finite("x", x, mask)
+    _target(x, mask, options)
     if options.get("likelihood") != "bernoulli" or x_hat.numel() == 0:
         return []
-    if x.is_floating_point():
-        outside = _shown((x < 0) | (x > 1), mask)
-        if outside.any():
-            raise ValueError(
-                f'x: got {float(x[outside][0]):g} with likelihood="bernoulli", takes numbers in [0, 1]; or bytes, as uint8 '
-                "with scale=1 / 255"
-            )
     low, high = (float(v) for v in x_hat.aminmax())
     if x_hat.numel() >= ENOUGH and low >= 0 and high <= 1 and options.get("activation", "identity") == "identity":
         return [
@@ -144,6 +154,24 @@ def _likelihood(x_hat: Tensor, x: Tensor, options: dict[str, Any]) -> list[str]:
             "are probabilities, leave out the decoder's last sigmoid"
         ]
     return []
+
+
+def _target(x: Tensor, mask: Tensor | None, options: dict[str, Any]) -> None:
+    if x.layout is torch.sparse_csr:
+        # What is not stored is 0, which is finite and in every support.
+        x, mask = x.values(), None
+    _finite("x", x, mask)
+    if options.get("likelihood") == "bernoulli" and x.is_floating_point():
+        outside = _shown((x < 0) | (x > 1), mask)
+        if outside.any():
+            raise ValueError(
+                f'x: got {float(x[outside][0]):g} with likelihood="bernoulli", takes numbers in [0, 1]; or bytes, as uint8 '
+                "with scale=1 / 255"
+            )
+
+
+def _over(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if mask is None else arguments.leading("mask", arguments.boolean("mask", mask), "x", x)
 
 
 def _finite(name: str, t: Tensor, mask: Tensor | None = None) -> None:

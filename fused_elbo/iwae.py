@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import arguments, objective, options, sampling
+from . import arguments, diagnostics, objective, options, sampling
 from .options import ELBOOptions, LikelihoodOptions, PosteriorOptions
 
 ESTIMATORS = ("iwae", "dreg")
@@ -70,6 +70,8 @@ def rsample_log_ratio(
     """
     arguments.choice("estimator", estimator, ESTIMATORS)
     options.known(posterior, options.POSTERIOR_NAMES - KL_CONTROL)
+    if diagnostics.active:
+        diagnostics.latent(mu, logvar, chunk_dim, posterior)
     source = (seed, generator, eps, first_index, offset)
     chosen = {"num_samples": num_samples, "want_kl": False, "want_log_ratio": True, "doubly": estimator == "dreg"}
     z, _, log_ratio = objective.sample(mu, logvar, chunk_dim, source, posterior, **chosen)
@@ -121,6 +123,8 @@ def samples_nll(x_hat: Tensor, x: Tensor, sigma: float, full: bool, likelihood: 
     if x_hat.dim() < 2 or x_hat.shape[1:] != x.shape:
         raise ValueError(f"x: got shape {tuple(x.shape)}, takes that of x_hat without the samples, {tuple(x_hat.shape[1:])}")
     arguments.on_device("x", x, "x_hat", x_hat)
+    if diagnostics.active:
+        diagnostics.likelihood(x_hat, x, likelihood)
     if isinstance(sigma, str):
         raise ValueError(f"sigma: got {sigma!r}, takes a float: samples are weighed by one decoder, not each by its own")
     # (N, K, ...): the samples of a datum one after the other, so that x comes from the cache.

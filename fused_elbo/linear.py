@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import arguments, linear_operator, objective, ops, options, routes
+from . import arguments, diagnostics, linear_operator, objective, ops, options, routes
 from .autograd import LinearCall, LinearNLL, apply
 from .options import LikelihoodChoice, LikelihoodOptions
 from .spec import compute_dtype
@@ -66,6 +66,8 @@ def linear_gaussian_nll(
     h, weight, bias, dtype = _layer(h, weight, bias)
     x = _data(x, h, weight)
     options.known(likelihood, options.LIKELIHOOD_NAMES)
+    if diagnostics.active:
+        diagnostics.linear(h, weight, bias, x, likelihood)
     choice = options.likelihood(likelihood, sigma, full, x, x)
     arguments.choice("reduction", reduction, arguments.REDUCTIONS)
     dims = arguments.batch_dims(likelihood.get("batch_dims", (0,)), "x", x)

@@ -1,7 +1,7 @@
 """Which backend runs an operation.
 
-A backend is a module with ``unavailable(device_type) -> reason | None`` and the operations of ``reference``'s second half:
-``rsample_kl``, ``rsample_kl_backward``, ``elbo``, ``gaussian_nll_backward`` and ``rescale_``, with the same arguments.
+A backend is a module with ``unavailable(device_type) -> reason | None`` and the operations that docs/backends.md lists, with
+the arguments that they have in ``reference``.
 """
 
 from __future__ import annotations

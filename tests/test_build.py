@@ -40,10 +40,12 @@ def tree(tmp_path) -> Path:
     """The repository with two tiny sources in place of the kernels, and a blank in its path."""
     root = tmp_path / "a tree"
     (root / "csrc" / "cpu").mkdir(parents=True)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, root)
     shutil.copy(ROOT / "csrc" / "build.py", root / "csrc")
     shutil.copytree(ROOT / "fused_elbo", root / "fused_elbo", ignore=shutil.ignore_patterns("__pycache__", "lib"))
+    (root / "tests").mkdir()
+    (root / "tests" / "oracle.py").touch()
     (root / "csrc" / "cpu" / "value.cpp").write_text(SOURCE)
     (root / "csrc" / "cpu" / "kernels.cpp").write_text(KERNELS)
     (root / "csrc" / "value.h").write_text("#define VALUE 1\n")
@@ -247,4 +249,11 @@ def test_the_source_distribution_has_the_sources(tree, hooks):
     assert name.endswith(".tar.gz"), done.stderr
     with tarfile.open(tree / "dist" / name) as archive:
         held = {str(Path(*Path(member).parts[1:])) for member in archive.getnames()}
-    assert {"setup.py", "csrc/build.py", "csrc/value.h", "csrc/cpu/kernels.cpp"} <= held
+    assert {"setup.py", "csrc/build.py", "csrc/value.h", "csrc/cpu/kernels.cpp", "tests/oracle.py", "Makefile"} <= held
+
+
+@pytest.mark.parametrize("words", ["g++", "ccache g++", "g++ -m64 -isystem folder", "ccache g++ -m64"])
+def test_nvcc_is_given_the_compiler_alone(monkeypatch, words):
+    monkeypatch.setenv("CXX", words)
+    monkeypatch.setattr(tools.shutil, "which", lambda name: name)
+    assert tools.host_compiler() == "g++"

@@ -72,7 +72,18 @@ def test_code_runs():
     assert diagnostics.active is False
 
 
+def test_blocks_of_threads_may_overlap():
+    first, second = fe.check_values(), fe.check_values()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert diagnostics.active is True, "the second has not ended"
+    second.__exit__(None, None, None)
+    assert diagnostics.active is False
+
+
 PACKED = "torch.cat((mu, variance), 1)"
+LAYER = "torch.ones(784, 20), None"
 
 
 @pytest.mark.parametrize(
@@ -108,6 +119,17 @@ PACKED = "torch.cat((mu, variance), 1)"
         ("fe.nll(x_hat[:0], x[:0], likelihood='bernoulli')", ""),
         ("fe.kl_divergence(missing[:, :20], logvar, mask=~missing[:, :20].isnan())", ""),
         ("fe.kl_divergence(missing[:, :20], logvar, mask=missing[:, :20].isnan())", "mu: got nan at (1, 5), and 2 of 80"),
+        ("fe.rsample_log_ratio(mu, variance, num_samples=2)", "logvar: got nothing but positive"),
+        ("fe.iwae_loss(torch.stack((x_hat, x_hat / 0)), x, kl.expand(2, 4))", "x_hat: got"),
+        ("fe.iwae_loss(torch.stack((x_hat, x_hat)), missing, kl.expand(2, 4))", "x: got nan"),
+        ("fe.iwae_loss(torch.stack((x_hat, x_hat)), missing, kl.expand(2, 4), mask=~missing.isnan())", ""),
+        ("fe.log_likelihood(torch.nn.Linear(20, 784), x, mu / 0, logvar, num_samples=2)", "mu: got"),
+        (f"fe.linear_gaussian_nll(mu / 0, {LAYER}, x)", "h: got"),
+        (f"fe.linear_gaussian_nll(mu, {LAYER}, missing)", "x: got nan"),
+        (f"fe.linear_gaussian_nll(mu, {LAYER}, missing, mask=~missing.isnan())", ""),
+        (f"fe.linear_gaussian_nll(mu, {LAYER}, 2 * x, likelihood='bernoulli')", 'with likelihood="bernoulli", takes numbers'),
+        (f"fe.linear_gaussian_nll(mu, {LAYER}, (x / 0).to_sparse_csr())", "x: got inf"),
+        ("fe.linear_gaussian_nll(mu, torch.ones(784, 20), torch.ones(784) / 0, x)", "bias: got inf at (0,)"),
         ("fe.gaussian_nll(x_hat, x.to('meta'))", "x: got device meta"),
         ("fe.gaussian_nll(x_hat, 3.0)", "x: got 3.0, takes a tensor"),
         ("fe.kl_divergence(mu, None)", "logvar: got None"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import documents
 import pytest
 
 from fused_elbo.backends.native import library
@@ -64,6 +65,11 @@ def test_dense_rows_are_read_and_written_16_bytes_at_a_time(rows):
     by_element = {r for r in rows if r.dtype.startswith("any")}
     assert all(r.instructions is None for r in by_element)
     assert all(sass.WIDEST in r.widths and r.bytes > 0 for r in rows if r not in by_element)
+
+
+def test_what_waits_for_instructions_is_documented(rows):
+    found = {(r.kernel, r.dtype, r.architecture) for r in rows if r.bound == "issue"}
+    assert documents.bound_by_instructions(DOCUMENT, "nvcc") == found
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

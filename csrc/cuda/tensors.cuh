@@ -18,10 +18,6 @@ struct float16 {
 // One of the four dtypes, known when the kernel runs.
 struct Any {};
 
-// What an element is computed with.
-template <class T>
-using Scalar = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // Elements that one thread takes together: whole blocks of noise, and at least 16 bytes.
 template <class T>
 constexpr int UNIT = sizeof(T) == 2 ? 8 : LANES;

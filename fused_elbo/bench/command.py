@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..cli import BAD_ARGUMENTS, INTERRUPTED
 from . import cpu_clock, cuda_clock, environment, measure, peers, record, report, steps, work
 from .clock import Clock, states_of
 from .items import Item, items
@@ -23,8 +24,6 @@ from .options import BUDGETS, DTYPES, MINUTES, QUICK_BUDGET, QUICK_MINUTES, BadA
 MEMORY_SHARE = 0.8
 
 REFUSED = 1
-BAD_ARGUMENTS = 2
-INTERRUPTED = 130
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:

@@ -173,9 +173,11 @@ def costs() -> Costs:
 
 
 def measured(record: dict[str, Any], name: str) -> dict[str, float]:
-    """Milliseconds of an item of a benchmark's record: the best of each kind, and of ours the native backend."""
+    """Milliseconds of an item of a benchmark's record, with an upstream gradient of 1: the best of each kind, and of ours the
+    native backend."""
     (item,) = (item for item in record["items"] if item["name"] == name)
-    peers = [(peer["kind"], of, peer["median_ms"]) for of, peer in item["peers"].items() if "median_ms" in peer]
+    timed = ((of, peer) for of, peer in item["peers"].items() if "median_ms" in peer and peer["upstream"] == 1)
+    peers = [(peer["kind"], of, peer["median_ms"]) for of, peer in timed]
     best = {kind: min(ms for k, _, ms in peers if k == kind) for kind in ("eager", "compiled")}
     return best | {"fused": next(ms for _, of, ms in peers if of == "native")}
 
@@ -237,12 +239,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments. Default None: those of the process.
 
     Returns:
-        The exit code, 0.
+        The exit code, 0; 2 for a record that cannot be read.
     """
     parser = argparse.ArgumentParser(prog="python -m fused_elbo.codegen.cost", description=__doc__)
     parser.add_argument("--record", type=Path, default=RECORD, metavar="PATH", help="measured times (default: %(default)s)")
     args = parser.parse_args(argv)
-    print("\n".join(tables(costs(), json.loads(args.record.read_text()))))
+    try:
+        record = json.loads(args.record.read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"--record: {error}; takes what `python -m fused_elbo bench --json` wrote, or lies in benchmarks/results/")
+    print("\n".join(tables(costs(), record)))
     return 0
 
 

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..backends.native import library
+from ..spec import FAMILIES
 from . import sass
 from .report import Row, moves, rows_of, takes
 
 DTYPES = {"f": "float32", "d": "float64", "8bfloat16": "bfloat16", "7float16": "float16", "3Any": "any"}
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 VECTOR = sass.WIDEST // 8
-# enum class Source (csrc/cuda/latent.cu) and Family (csrc/choices.h), in order.
+# enum class Source (csrc/cuda/latent.cu), in order.
 SOURCES = ("none", "seed", "eps")
-FAMILIES = ("gaussian", "laplace", "bernoulli", "discretized_logistic")
 # Tensors that an element of the latent kernels is read from and written to, as those take them (INPUTS and OUTPUTS there).
 LATENT_PASSES = {("forward", "none"): 2, ("forward", "seed"): 3, ("forward", "eps"): 4} | {
     ("backward", source): 6 if source == "eps" else 5 for source in SOURCES

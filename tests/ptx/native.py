@@ -112,9 +112,9 @@ def _link() -> Path:
     if not linked.exists() or linked.stat().st_mtime < max(p.stat().st_mtime for p in (source, *objects)):
         torchs = Path(torch.__file__).parent
         # Its own symbols come before torch's.
-        command = [*tools.nvcc(), "-ccbin", tools.cxx()[-1], "-std=c++17", "-shared", "-cudart", "none", "-Xcompiler", "-fPIC",
-                   "-Xlinker", "-Bsymbolic", f"-I{torchs}/include", str(source), *map(str, objects), f"-L{torchs}/lib",
-                   "-ltorch_cpu", "-o", f"{linked}.{os.getpid()}"]  # fmt: skip
+        command = [*tools.nvcc(), "-ccbin", tools.host_compiler(), "-std=c++17", "-shared", "-cudart", "none",
+                   "-Xcompiler", "-fPIC", "-Xlinker", "-Bsymbolic", f"-I{torchs}/include", str(source), *map(str, objects),
+                   f"-L{torchs}/lib", "-ltorch_cpu", "-o", f"{linked}.{os.getpid()}"]  # fmt: skip
         subprocess.run(command, check=True)
         # Several processes of a test run may have come here.
         Path(command[-1]).replace(linked)

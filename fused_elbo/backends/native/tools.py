@@ -21,6 +21,13 @@ def cxx() -> list[str]:
     return _find("CXX", "C++ compiler", COMPILERS)
 
 
+def host_compiler() -> str:
+    """The program alone of ``cxx``, without what starts it and its options, as nvcc takes it."""
+    words = cxx()
+    first_option = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    return words[max(0, first_option - 1)]
+
+
 def nvcc() -> list[str]:
     """The CUDA compiler as the start of a command: $NVCC, or the one on the path, or that of the CUDA toolkit."""
     homes = (os.environ.get("CUDA_HOME"), CUDA_HOME)
