@@ -110,3 +110,18 @@ def test_cpu_figures_are_those_of_the_record():
         ours, alone = rows[item, "native"], rows[item, "native, operations alone"]
         figures = [f for row in (ours, alone) for f in (f"{row['ms']['ours']:.3g}", *(f"{r:.2f}" for r in row["ratios"]))]
         assert [cell.strip() for cell in cells.split("|")] == figures, item
+
+
+def test_cpu_figures_in_words_are_those_of_the_record():
+    rows = {(row["item"], row["backend"]): row for item in RECORD["items"] for row in item["rows"]}
+    small = ("latent 8x8", "latent 128x20", "nll 8x8", "nll 128x784", "classic 128x784x20")
+    autograd = [1e3 * (rows[i, "native"]["ms"]["ours"] - rows[i, "native, operations alone"]["ms"]["ours"]) for i in small]
+    assert f"torch's autograd, {min(autograd):.0f} to {max(autograd):.0f} us a call" in README
+    assert rows["nll 8x8", "native"]["ratios"][0] < 1, "the likelihood of 64 elements takes longer"
+    worst = rows["nll 4096x30000", "native"]
+    ms = worst["ms"]
+    calls = [row for (item, backend), row in rows.items() if backend == "native" and not item.startswith("step")]
+    ratio = min(ratio for row in calls for ratio in row["ratios"] if ratio)
+    assert ratio == worst["ratios"][1], "the worst"
+    said = f"{ms['ours']:.0f} ms, eager {ms['eager']:.0f}, `torch.compile` {ms['compiled']:.0f}, which is {ratio:.2f} of"
+    assert said in README
