@@ -80,8 +80,10 @@ FE_FN V through_moments(V by_sigma, V by_logvar, V raw, V sigma) {
   const V half = R::of(0.5f);
   if constexpr (PARAM == Param::logvar) return R::mad(half * by_sigma, sigma, by_logvar);
   if constexpr (PARAM == Param::log_std) return R::mad(by_sigma, sigma, by_logvar + by_logvar);
-  if constexpr (PARAM == Param::var) return R::mad(half, by_sigma / sigma, by_logvar / raw);
-  const V by_std = by_sigma + (by_logvar + by_logvar) / sigma;
+  // A sample has a gradient also where sigma is 0 and its logarithm has none, as long as nobody asks for that.
+  const auto absent = by_logvar == R::of(0);
+  if constexpr (PARAM == Param::var) return R::mad(half, by_sigma / sigma, absent ? by_logvar : by_logvar / raw);
+  const V by_std = by_sigma + (absent ? by_logvar : (by_logvar + by_logvar) / sigma);
   return PARAM == Param::std ? by_std : by_std * logistic(raw).sigmoid;
 }
 

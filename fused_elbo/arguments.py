@@ -104,14 +104,19 @@ def per_term(name: str, value: object, shape: tuple[int, ...], other_name: str, 
 
 
 def grad_scale(value: object, x_hat: Tensor) -> float | Tensor:
-    value = scalar("grad_scale", value, "x_hat", x_hat)
+    """As given, in the loss's dtype; 1 for 0 and what is near it, since no gradient can be scaled up from that."""
+    value, dtype = scalar("grad_scale", value, "x_hat", x_hat), torch.promote_types(x_hat.dtype, torch.float32)
     if isinstance(value, float):
-        most = torch.finfo(torch.promote_types(x_hat.dtype, torch.float32)).max
-        if not abs(value) <= most:
-            raise ValueError(f"grad_scale: got {value}, takes a number up to {most:.2g}, where losses of {x_hat.dtype} end")
-    elif value.requires_grad:
+        known = torch.finfo(dtype)
+        if not abs(value) <= known.max:
+            raise ValueError(
+                f"grad_scale: got {value}, takes a number up to {known.max:.2g}, where losses of {x_hat.dtype} end"
+            )
+        return value if abs(value) >= known.tiny else 1.0
+    if value.requires_grad:
         raise ValueError("grad_scale: got a tensor that requires grad, takes a constant: it only says what backward will bring")
-    return value
+    value = value.to(torch.promote_types(value.dtype, torch.float32))
+    return torch.where(value.abs() < torch.finfo(dtype).tiny, 1.0, value)
 
 
 def number(name: str, value: object) -> float:
@@ -233,8 +238,30 @@ def overwritable(name: str, value: Tensor) -> None:
     """``value`` may be overwritten by its gradient: no leaf nor a view of one, and no two elements share memory."""
     if any(t is not None and t.requires_grad and t.is_leaf for t in (value, value._base)):
         raise ValueError(f"inplace: got True with a leaf {name} that requires grad, or a view of one, takes False there")
-    if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
-        raise ValueError(f"inplace: got True with an expanded {name} (stride 0), takes False there")
+    # A compiler's symbols are not to be sorted, and what it traces is not overwritten.
+    if torch.compiler.is_compiling():
+        return
+    reach = 0
+    for stride, size in sorted((s, n) for s, n in zip(value.stride(), value.shape, strict=True) if n > 1):
+        if stride <= reach:
+            raise ValueError(f"inplace: got True with {name} of which elements share memory, takes False there")
+        reach += stride * (size - 1)
+
+
+def apart(name: str, value: Tensor, **others: Tensor | None) -> None:
+    """What is overwritten lies in no stretch of memory that is still to be read, be it with other elements."""
+    for other_name, other in others.items():
+        if other is not None and value.numel() and other.numel():
+            (begin, end), (other_begin, other_end) = _stretch(value), _stretch(other)
+            if begin < other_end and other_begin < end:
+                raise ValueError(f"inplace: got True with {name} in the memory of {other_name}, takes False there")
+    if value.is_neg():
+        raise ValueError(f"inplace: got True with {name} that is a negated view, takes False there")
+
+
+def _stretch(t: Tensor) -> tuple[int, int]:
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + t.element_size() * elements
 
 
 def kind(value: object) -> str:

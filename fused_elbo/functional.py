@@ -250,7 +250,9 @@ def gaussian_nll(
             backward, from the upstream gradient of every sample.
         grad_scale: the upstream gradient to expect (1 / accumulation steps, a GradScaler's scale), a float or one element on
             the device. The gradient is computed for it at once; another upstream gradient is right too, only slower. Default 1.
-        inplace: write the gradient over ``x_hat``, which must not be used again. For the plain objective. Default False.
+        inplace: write the gradient over ``x_hat``, which must not be used again, and shares no memory with another argument.
+            For the plain objective. In float16 tell ``grad_scale``: with x_hat gone, another upstream gradient multiplies what
+            was rounded. Default False.
         **likelihood: as for ``nll``.
 
     Returns:

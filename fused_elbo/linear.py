@@ -81,9 +81,13 @@ def linear_gaussian_nll(
             )
         x_hat = F.linear(h, weight, bias).reshape(x.shape)
         return objective.likelihood(objective.checked(x_hat, x, sigma, full, likelihood, reduction=reduction))[0]
-    share = arguments.reduction_weight(reduction, math.prod([x.shape[d] for d in dims]))
+    count = math.prod([x.shape[d] for d in dims])
+    share = arguments.reduction_weight(reduction, count)
     value = _optimal if choice.optimal else _value
     found = value((h, weight, bias, x), choice, dtype, chunk, by_rows=share is None)
+    if reduction == "mean" and count == 0:
+        # A mean over nothing is NaN, which may not go into gradients that other processes have a part in.
+        return 0.0 * found + math.nan
     return found if share is None else share * found
 
 

@@ -65,7 +65,7 @@ def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.dtypes = [None if t is None else t.dtype for t in args[:5]]
     ctx.options = args[_COUNT:]
     ctx.save_for_backward(*(args[:_COUNT] if ctx.by_rows else output[1:]))
-    ctx.learned, ctx.shape = args[4] is not None, args[3].shape
+    ctx.unknown, ctx.shape = rules.unknown_of(args[:_COUNT], ctx.options[-2]), args[3].shape
 
 
 def _autograd(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -76,7 +76,7 @@ def _autograd(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
     else:
         found, needs = ctx.saved_tensors, ctx.needs
         likelihood = spec.Likelihood(*ctx.options[:-2])
-        factor = rules.factor_of(upstream, likelihood, ctx.learned, ctx.shape)
+        factor = rules.factor_of(upstream, likelihood, ctx.unknown, ctx.shape)
     gradients = ((g * factor).to(dtype) if need else None for g, dtype, need in zip(found, ctx.dtypes, needs, strict=True))
     return *gradients, *(None,) * (_COUNT - 5 + len(ctx.options) + 2)
 

@@ -7,10 +7,9 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import arguments, groups, ops, options, plain, routes, sampling
+from . import arguments, groups, ops, options, plain, reference, routes, sampling
 from .autograd import NLL, PosteriorCall, apply, halves
 from .options import LikelihoodChoice
 from .spec import compute_dtype, constant_of
@@ -218,7 +217,7 @@ def elbo(
     if arguments.floating("kl", kl).shape != data.shape:
         raise ValueError(f"kl: got shape {tuple(kl.shape)}, takes one value for each term of x_hat, {data.shape}")
     arguments.on_device("kl", kl, "x_hat", x_hat)
-    counted = controlled(kl, beta, free_bits, capacity, group)
+    counted = controlled(kl.to(compute_dtype(kl)), beta, free_bits, capacity, group)
     if not given and not data.choice.optimal:
         loss, nll, _ = plain.elbo(x_hat, x, None, None, counted, None, 1.0, sigma, full, reduction, grad_scale, False)
         return loss, nll, kl
@@ -228,8 +227,7 @@ def elbo(
 
 def soft_floor(log_sigma: Tensor, floor: float, dtype: torch.dtype) -> Tensor:
     """``floor + softplus(log_sigma - floor)``, in ``dtype`` (Rybkin, Daniilidis and Levine 2021, arXiv:2006.13202)."""
-    # F.softplus(v) is v from 20 on, which in float64 leaves out digits.
-    return floor - F.logsigmoid(floor - log_sigma.to(dtype))
+    return reference.softly_at_least(log_sigma.to(dtype), floor)
 
 
 def controlled(

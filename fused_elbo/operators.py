@@ -4,7 +4,7 @@ Eager code calls the autograd Functions, which take a fraction of an operator's 
 subclass need operators. ``sample`` and ``nll`` are any objective's; their backward starts from the inputs.
 ``latent`` and ``gaussian`` are the plain one's, with few arguments, since an operator takes some microseconds for each ten of
 them; ``gaussian`` returns the terms' gradients as well, which a compiler multiplies by the upstream gradient in the kernel of
-whatever comes next. A gradient has no second derivative here.
+whatever comes next. A gradient that is to be differentiated again is that of the formulas.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from . import ops, reference, sampling, spec
 from .autograd import PosteriorCall, halves
-from .autograd.common import noise_of
-from .autograd.likelihood import passed
-from .autograd.posterior import gradients
+from .autograd import likelihood as likelihood_rules
+from .autograd.common import differentiable, noise_of
+from .autograd.posterior import double_backward, gradients
 from .backends.native import library
 from .spec import DataGradients, Gradients, compute_dtype
 
@@ -124,6 +124,10 @@ def _sample_autograd(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None,
     needs = list(ctx.needs_input_grad[:4])
     if all(g is None for g in upstream) or not any(needs):
         return (None,) * 4 + nothing
+    if torch.is_grad_enabled():
+        *tensors, seed, eps = ctx.saved_tensors
+        noise, call = _call((seed, eps, *ctx.call))
+        return *double_backward(tensors, noise, call, upstream), *nothing
     found = sample_backward(*upstream, *ctx.saved_tensors, *ctx.call, needs)
     return *(g if need else None for g, need in zip(found, needs, strict=True)), *nothing
 
@@ -143,7 +147,7 @@ def _fake_nll(x_hat: Tensor, x: Tensor, log_scale: Tensor | None, weight: Tensor
 def _nll_backward(upstream: Tensor, x_hat: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     log_scale, weight, mask, *options, needs = args
     call = (spec.Likelihood(*options), None, needs, ops.select(x_hat.device))
-    *found, g_scale = passed(x_hat, x, log_scale, weight, mask, upstream, call, want_nll=False)[1]
+    *found, g_scale = likelihood_rules.passed(x_hat, x, log_scale, weight, mask, upstream, call, want_nll=False)[1]
     if g_scale is not None:
         # Summed up from another shape, it may have come out in another layout.
         (g_scale,) = _laid_out((g_scale,), (torch.empty_like(log_scale),))
@@ -161,6 +165,10 @@ def _nll_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _nll_autograd(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        chosen = spec.Likelihood(*ctx.options)
+        found = differentiable(lambda *tensors: (likelihood_rules.formula(*tensors, chosen),), ctx.saved_tensors, (upstream,))
+        return *found, *(None,) * len(ctx.options)
     needs = list(ctx.needs_input_grad[:3])
     found = nll_backward(upstream, *ctx.saved_tensors, *ctx.options, needs)
     return *(g if need else None for g, need in zip(found, needs, strict=True)), *(None,) * (2 + len(ctx.options))

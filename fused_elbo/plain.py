@@ -43,6 +43,8 @@ def elbo(
         beta = arguments.scalar("beta", beta, "x_hat", x_hat)
     if not routes.plainly(x_hat, x, mu, logvar, kl):
         return _composed(x_hat, x, mu, logvar, kl, chunk_dim, beta, likelihood, weight)
+    if inplace:
+        arguments.apart("x_hat", x_hat, x=x, mu=mu, logvar=logvar, kl=kl)
     needs = NOTHING
     if torch.is_grad_enabled():
         needs = (
@@ -65,6 +67,8 @@ def gaussian_nll(
     x_hat, x, likelihood, weight, grad_scale = _data(x_hat, x, sigma, full, reduction, grad_scale, inplace)
     if not routes.plainly(x_hat, x):
         return _composed(x_hat, x, None, None, None, None, 1.0, likelihood, weight)[0]
+    if inplace:
+        arguments.apart("x_hat", x_hat, x=x)
     needs = NOTHING
     if torch.is_grad_enabled():
         needs = (x_hat.requires_grad, x.requires_grad, False, False, False)
@@ -174,6 +178,10 @@ def _latent_operator(
             eps = operators.normals(seed, mu.shape, first_index, signed(offset), wide)
         z = None if eps is None else reference.reparameterize(mu, logvar, eps)
         return z, _exact_kl(mu, logvar) if want_kl else None
+    if eps is not None and eps.requires_grad:
+        # An operator takes eps for a constant.
+        z = reference.reparameterize(*halves(mu, logvar, chunk_dim), eps)
+        return z, _latent_operator(mu, logvar, chunk_dim, None, None, 0, 0, True)[1] if want_kl else None
     if routes.compiled(mu, logvar, seed, eps):
         z, kl = operators.latent(mu, logvar, seed, eps, chunk_dim, first_index, signed(offset), want_kl)
         return None if seed is None and eps is None else z, kl if want_kl else None

@@ -314,6 +314,19 @@ def rows_of(rank: int, size: int, *, even: bool) -> slice:
     return slice(edges[rank], edges[rank + 1])
 
 
+def an_empty_part(rank: int, group: dist.ProcessGroup) -> None:
+    """A process without a sample has no loss, and takes nothing from the others' gradients."""
+    rows = slice(0, N) if rank == 0 else slice(0, 0)
+    h, x = randn(N, 3, seed=1)[rows], randn(N, 4, seed=2)[rows]
+    found = []
+    for layer in (fe.linear_gaussian_nll, lambda h, weight, bias, x, **options: fe.gaussian_nll(h @ weight.t(), x, **options)):
+        weight = randn(4, 3, seed=3).requires_grad_()
+        layer(h, weight, None, x, sigma="optimal", process_group=group).backward()
+        found.append(weight.grad)
+    if rank == 0:
+        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
 def in_a_world(rank: int, size: int, data: str) -> dict:
     ranks = Ranks(rank, size, dist.group.WORLD)
     parts = [None] * size
@@ -334,6 +347,7 @@ def in_a_world(rank: int, size: int, data: str) -> dict:
         sharded((2,))
         refused()
         operators_alone()
+        an_empty_part(rank, dist.group.WORLD)
     else:
         sharded((2, 2))
     return found

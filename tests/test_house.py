@@ -32,7 +32,7 @@ CORE = {
     "linear_operator": {"operators", "autograd", "ops", "spec"},
     "functional": {"objective", "plain", "routes", "sampling", "options", "diagnostics", "arguments"},
     "diagnostics": {"arguments"},
-    "objective": {"plain", "groups", "routes", "sampling", "options", "autograd", "ops", "arguments", "spec"},
+    "objective": {"plain", "groups", "routes", "sampling", "options", "autograd", "ops", "reference", "arguments", "spec"},
     "plain": {"operators", "reference", "routes", "sampling", "autograd", "ops", "arguments", "spec"},
     "routes": {"operators", "sharding", "autograd", "ops", "spec"},
     "sharding": {"operators", "autograd"},

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
+from torch.autograd import forward_ad
 
 from ..spec import Noise
 
@@ -69,6 +70,7 @@ def composed() -> bool:
     return (
         torch.is_grad_enabled()
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
     )
 

@@ -37,7 +37,7 @@ class NLL(torch.autograd.Function):
         upstream = None
         if total_weight is not None and any(needs):
             dtype = compute_dtype(x_hat, x, log_scale, weight)
-            upstream = _one(grad_scale * total_weight, dtype, x_hat.device).expand(x_hat.shape[:2])
+            upstream = (total_weight * _one(grad_scale, dtype, x_hat.device)).expand(x_hat.shape[:2])
         nll, gradients = passed(x_hat, x, log_scale, weight, mask, upstream, options, want_nll=True)
         total = None if total_weight is None else total_weight * nll.sum()
         return total, nll, *(g for g in gradients if g is not None)

@@ -98,7 +98,7 @@ class LinearNLL(torch.autograd.Function):
         if call.by_rows:
             found = passed(tensors, g_value, call._replace(needs=ctx.needs_input_grad[:5]), want_nll=False)[1]
             return *(None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=False)), *(None,) * 3
-        factor = factor_of(g_value, call.spec, tensors[4] is not None, tensors[3].shape)
+        factor = factor_of(g_value, call.spec, unknown_of(tensors, call.dtype), tensors[3].shape)
         kept = torch._C._autograd._get_current_graph_task_keep_graph()
         rest, inputs = iter(baked), zip(tensors, call.needs, strict=False)
         return *(scaled(next(rest), factor, t.dtype, kept) if need else None for t, need in inputs), *(None,) * 3
@@ -116,21 +116,36 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, kept: bool) -> 
     return (gradient * factor if kept else gradient.mul_(factor)).to(dtype)
 
 
-def factor_of(upstream: Tensor, spec: Likelihood, learned: bool, shape: torch.Size) -> Tensor:
+class Unknown(NamedTuple):
+    """What keeps ``unit_of`` from knowing how large x_hat's gradient is: a ``scale`` that is learned, and in ``float16`` also a
+    weight of elements."""
+
+    scale: bool
+    float16: bool
+
+
+def unknown_of(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Unknown:
+    *_, log_scale, sample_weight, _ = tensors
+    return Unknown(log_scale is not None, dtype == torch.float16 and not (log_scale is None and sample_weight is None))
+
+
+def factor_of(upstream: Tensor, spec: Likelihood, unknown: Unknown, shape: torch.Size) -> Tensor:
     """From gradients that were made for an upstream gradient of ``unit_of`` to those for ``upstream``, of an x of ``shape``."""
     # Sums over nothing are 0, also where a mean over nothing is NaN.
-    return torch.zeros_like(upstream) if 0 in shape else upstream / unit_of(spec, learned)
+    return torch.zeros_like(upstream) if 0 in shape else upstream / unit_of(spec, unknown, shape[0])
 
 
-def unit_of(spec: Likelihood, learned: bool) -> float:
-    """What a total's gradient is made for: the upstream gradient that leaves x_hat's of the order of its error.
+def unit_of(spec: Likelihood, unknown: Unknown, count: int) -> float:
+    """What a total's gradient is made for: the upstream gradient that leaves x_hat's of the order of its error, or, where that
+    is not known and the dtype ends early, of a mean's over ``count`` samples.
 
     In float16 another one may over- or underflow; the factor to the right one multiplies sums in float32.
     """
-    if learned or spec.family == "bernoulli":
-        return 1.0
-    exponent = (2.0 if spec.family == "gaussian" else 1.0) * spec.log_scale
-    return math.exp(max(-MOST_EXPONENT, min(exponent, MOST_EXPONENT)))
+    unit = 1.0
+    if not unknown.scale and spec.family != "bernoulli":
+        exponent = (2.0 if spec.family == "gaussian" else 1.0) * spec.log_scale
+        unit = math.exp(max(-MOST_EXPONENT, min(exponent, MOST_EXPONENT)))
+    return unit / count if unknown.float16 else unit
 
 
 def chunk_of(count: int, features: int, itemsize: int, device_type: str, most: int | None = None) -> tuple[int, int]:
@@ -185,7 +200,8 @@ def _passed(
         step = max(1, min(step, DENSE_BYTES // max(1, features * x.element_size())))
     plain = upstream is None and _is_plain(x, (log_scale, sample_weight, mask), call.spec)
     if upstream is None:
-        upstream = torch.full((), unit_of(call.spec, log_scale is not None), dtype=terms, device=h.device).expand(count)
+        unit = 1.0 if 0 in x.shape else unit_of(call.spec, unknown_of(tensors, call.dtype), count)
+        upstream = torch.full((), unit, dtype=terms, device=h.device).expand(count)
     by_rows = g_log_scale is not None and log_scale.shape[1] == 1
     by_columns = g_log_scale is not None and not by_rows and log_scale.shape[0] < count
     parts = -(-features // width)
@@ -234,7 +250,7 @@ def _is_plain(x: Tensor, others: tuple[Tensor | None, ...], spec: Likelihood) ->
 def _plain(chunk: Tensor, x: Tensor, call: LinearCall, out: DataGradients) -> tuple[Tensor, None]:
     """Sums of rows, (A,), of the plain objective."""
     likelihood = Gaussian(math.exp(call.spec.log_scale), call.spec.full)
-    weight = unit_of(call.spec, False)
+    weight = unit_of(call.spec, Unknown(False, False), len(x))
     return call.backend.elbo(chunk, x, None, None, None, 1.0, likelihood, Gradients(out.x_hat, out.x), weight=weight)[1], None
 
 
@@ -270,8 +286,14 @@ def _add_product(into: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     if into.dtype == a.dtype:
         into.addmm_(a, b, beta=0 if first else 1)
     else:
-        # Only a GPU's library hands over the sum before it is rounded.
-        _add(into, torch.mm(a, b, out_dtype=into.dtype) if a.is_cuda else torch.mm(a, b), first=first)
+        # Only a GPU's library hands over the sum before it is rounded, and a sum over many rows may be beyond float16.
+        if a.is_cuda:
+            product = torch.mm(a, b, out_dtype=into.dtype)
+        elif a.dtype == torch.float16:
+            product = torch.mm(a.to(into.dtype), b.to(into.dtype))
+        else:
+            product = torch.mm(a, b)
+        _add(into, product, first=first)
 
 
 def _add(into: Tensor, value: Tensor, *, first: bool) -> None:

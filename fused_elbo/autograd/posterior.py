@@ -74,7 +74,12 @@ class Posterior(torch.autograd.Function):
         options: PosteriorCall = ctx.options
         noise = noise_of(seed, eps, options.first_index, options.offset)
         if composed():
-            return _double_backward((mu, raw, prior_mean, prior_raw), noise, options, (g_z, g_kl, g_log_ratio))
+            return (
+                *double_backward((mu, raw, prior_mean, prior_raw), noise, options, (g_z, g_kl, g_log_ratio)),
+                None,
+                None,
+                None,
+            )
 
         found = gradients(mu, raw, prior_mean, prior_raw, noise, options, (g_z, g_kl, g_log_ratio), ctx.needs_input_grad[:4])
         return *found, None, None, None
@@ -110,14 +115,17 @@ def gradients(
     return found
 
 
-def _double_backward(tensors: tuple, noise: spec.Noise | None, options: PosteriorCall, upstream: tuple) -> tuple:
+def double_backward(
+    tensors: Sequence[Tensor | None], noise: spec.Noise | None, options: PosteriorCall, upstream: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of (mu, raw, prior_mean, prior_raw) that are part of the graph."""
     if options.doubly:
         raise RuntimeError('rsample_log_ratio: estimator="dreg" is a gradient, not a function: it has no double backward')
 
     def differentiated(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return formula(*tensors, noise, options)
 
-    return *differentiable(differentiated, tensors, upstream), None, None, None
+    return differentiable(differentiated, tensors, upstream)
 
 
 def formula(

@@ -29,6 +29,7 @@ from .posterior import (
     posterior,
     posterior_backward,
     posterior_terms,
+    softly_at_least,
 )
 from .stream import LANES, draw, noise, noise_words, philox4x32, uniforms
 
@@ -59,6 +60,7 @@ __all__ = [
     "rescale_",
     "rsample_kl",
     "rsample_kl_backward",
+    "softly_at_least",
     "total",
     "unavailable",
     "uniforms",

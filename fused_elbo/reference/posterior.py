@@ -9,6 +9,7 @@ importance weights; Tucker et al. 2019 (DReG, arXiv:1810.04152), eq. 8, for thei
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,9 +50,17 @@ def clamped(raw: Tensor, spec: Posterior) -> Tensor:
         # torch refuses a number beyond the dtype's range, which says that there is no bound.
         most = torch.finfo(raw.dtype).max
         return raw.clamp(*(math.copysign(math.inf, bound) if abs(bound) > most else bound for bound in (low, high)))
-    # softplus(v) = -ln sigmoid(-v)
-    below = high + F.logsigmoid(raw - high)
-    return low - F.logsigmoid(low - below)
+    return softly_at_least(_softly_at_most(raw, high), low)
+
+
+def softly_at_least(v: Tensor, least: float) -> Tensor:
+    """``least + softplus(v - least)``."""
+    return -_softly_at_most(-v, -least)
+
+
+def _softly_at_most(v: Tensor, most: float) -> Tensor:
+    """``v - softplus(v - most)``, without a difference of large numbers where either is far beyond the other."""
+    return torch.where(v <= most, v - F.softplus(v - most), most - F.softplus(most - v))
 
 
 def posterior_terms(
@@ -73,9 +82,12 @@ def posterior_terms(
         p[0] = prior_mean
     if prior_raw is not None:
         p[1], p[2] = moments(prior_raw, spec)
-    shared = [_shared(t, spec.posterior_share) for t in q]
-    prior = [_shared(t, spec.prior_share) for t in p]
-    kl = 0.5 * (_standardised(shared[0], prior[0], prior[1]) ** 2 + excess(_minus(shared[1], prior[2])))
+    kl = _element_kl(q, p)
+    if (spec.posterior_share, spec.prior_share) != (1.0, 1.0):
+        # Each side with its share of the gradient, and of the value what that leaves over.
+        fixed_q, fixed_p = ([None if t is None else t.detach() for t in side] for side in (q, p))
+        over = 1.0 - spec.posterior_share - spec.prior_share
+        kl = spec.posterior_share * _element_kl(q, fixed_p) + spec.prior_share * _element_kl(fixed_q, p) + over * kl.detach()
     if spec.free_bits is not None:
         kl = kl.clamp(min=spec.free_bits)
     if eps is None:
@@ -149,6 +161,7 @@ def posterior_backward(
     std, prior_logvar = (None, None) if prior_raw is None else moments(prior_raw, spec)
     # By mu and ln sigma^2, and by the prior's.
     found = [torch.zeros_like(mu) for _ in range(4)]
+    through_sigma = 0.0
     if g_kl is not None:
         distance, difference = _standardised(mu, prior_mean, std), _minus(logvar, prior_logvar)
         c = g_kl.to(dtype)
@@ -177,11 +190,15 @@ def posterior_backward(
                 path = path_weight.to(dtype)[rows] * (path + g_ratio * eps / sigma)
         found[0] += path.sum(0)
         if noise_ is not None:
-            found[1] += (0.5 * path * eps * sigma).sum(0)
-    slopes = (1.0, _slope(raw, bounded, sigma, spec), 1.0, None if std is None else _slope(None, prior_raw, std, spec))
-    for buffer, gradient, slope in zip(out, found, slopes, strict=True):
+            # Not by its logarithm: sigma may be 0.
+            through_sigma = (path * eps).sum(0) * _deviation_slope(bounded, sigma, spec)
+    by_mu, by_logvar, by_prior_mean, by_prior_logvar = found
+    by_raw = through_sigma + _through_logarithm(by_logvar, bounded, sigma, spec)
+    by_prior_raw = None if std is None else _through_logarithm(by_prior_logvar, prior_raw, std, spec)
+    gradients = (by_mu, _through_clamp(by_raw, raw, spec), by_prior_mean, by_prior_raw)
+    for buffer, gradient in zip(out, gradients, strict=True):
         if buffer is not None:
-            buffer.copy_(gradient * slope)
+            buffer.copy_(gradient)
 
 
 def draw_samples(mu: Tensor, noise_: Noise | None, samples: int, dtype: torch.dtype) -> Tensor | None:
@@ -198,12 +215,14 @@ def draw_samples(mu: Tensor, noise_: Noise | None, samples: int, dtype: torch.dt
 
 def empty_samples(mu: Tensor, samples: int) -> Tensor:
     """Uninitialised (K, N, ...); one sample alone is laid out as ``mu`` is."""
-    return torch.empty_like(mu)[None] if samples == 1 else mu.new_empty((samples, *mu.shape))
+    if samples != 1:
+        return mu.new_empty((samples, *mu.shape))
+    # No view, which autograd would not let its user overwrite.
+    return mu.new_empty_strided((1, *mu.shape), (mu.numel(), *torch.empty_like(mu, device="meta").stride()))
 
 
-def _shared(t: Tensor | None, share: float) -> Tensor | None:
-    """``t`` with ``share`` of its gradient."""
-    return t if t is None or share == 1.0 else t.detach() + share * (t - t.detach())
+def _element_kl(q: Sequence[Tensor], p: Sequence[Tensor | None]) -> Tensor:
+    return 0.5 * (_standardised(q[0], p[0], p[1]) ** 2 + excess(_minus(q[1], p[2])))
 
 
 def _minus(a: Tensor, b: Tensor | None) -> Tensor:
@@ -228,8 +247,20 @@ def _over(value: Tensor, std: Tensor | None) -> Tensor:
     return value if std is None else value / std
 
 
-def _slope(raw: Tensor | None, bounded: Tensor, sigma: Tensor, spec: Posterior) -> Tensor | float:
-    """Derivative of ln sigma^2 by the raw parameter, the clamp's included where ``raw`` is what was clamped."""
+def _deviation_slope(bounded: Tensor, sigma: Tensor, spec: Posterior) -> Tensor | float:
+    """Derivative of sigma by the raw parameter, once that is clamped."""
+    match spec.param:
+        case "logvar":
+            return 0.5 * sigma
+        case "log_std":
+            return sigma
+        case "var":
+            return 0.5 / sigma
+    return 1.0 if spec.param == "std" else torch.sigmoid(bounded)
+
+
+def _through_logarithm(by_logvar: Tensor, bounded: Tensor, sigma: Tensor, spec: Posterior) -> Tensor:
+    """The raw parameter's gradient from that of ln sigma^2; where there is none, also where ln sigma^2 is infinite."""
     slope = {
         "logvar": lambda: 1.0,
         "log_std": lambda: 2.0,
@@ -237,10 +268,13 @@ def _slope(raw: Tensor | None, bounded: Tensor, sigma: Tensor, spec: Posterior) 
         "var": lambda: 1.0 / bounded,
         "softplus": lambda: 2.0 * torch.sigmoid(bounded) / sigma,
     }[spec.param]()
-    if raw is None or spec.clamp is None:
-        return slope
+    return torch.where(by_logvar == 0, by_logvar, by_logvar * slope)
+
+
+def _through_clamp(gradient: Tensor, raw: Tensor, spec: Posterior) -> Tensor:
+    if spec.clamp is None:
+        return gradient
     low, high = spec.clamp
     if not spec.soft:
-        return slope * ((raw >= low) & (raw <= high))
-    below = high + F.logsigmoid(raw - high)
-    return slope * torch.sigmoid(high - raw) * torch.sigmoid(below - low)
+        return torch.where((raw >= low) & (raw <= high), gradient, 0.0)
+    return gradient * torch.sigmoid(high - raw) * torch.sigmoid(_softly_at_most(raw, high) - low)

@@ -1,7 +1,4 @@
-"""The Triton backend: the host's half of the kernels. On a CPU it runs only under Triton's interpreter, for tests.
-
-A compiler is kept out: traced, the launch code would make one graph's tickets everybody's.
-"""
+"""The Triton backend: the host's half of the kernels. On a CPU it runs only under Triton's interpreter, for tests."""
 
 from __future__ import annotations
 
@@ -25,6 +22,7 @@ from .launch import (
     as_argument,
     as_rows,
     current,
+    operation,
     options,
     plan,
     tickets,
@@ -54,7 +52,7 @@ def unavailable(device_type: str) -> str | None:
     return f"Triton compiles for GPUs; on {device_type!r} it needs its interpreter (TRITON_INTERPRET=1 before import)"
 
 
-@torch.compiler.disable
+@operation
 def rsample_kl(mu: Tensor, logvar: Tensor, noise: Noise | None, *, want_kl: bool) -> tuple[Tensor | None, Tensor | None]:
     if mu.numel() == 0:
         return reference.rsample_kl(mu, logvar, noise, want_kl=want_kl)
@@ -81,7 +79,7 @@ def rsample_kl(mu: Tensor, logvar: Tensor, noise: Noise | None, *, want_kl: bool
     return z, kl
 
 
-@torch.compiler.disable
+@operation
 def rsample_kl_backward(
     g_z: Tensor | None, g_kl: Tensor | None, mu: Tensor, logvar: Tensor, noise: Noise | None, out: Gradients
 ) -> None:
@@ -104,7 +102,7 @@ def rsample_kl_backward(
         )  # fmt: skip
 
 
-@torch.compiler.disable
+@operation
 def elbo(
     x_hat: Tensor,
     x: Tensor,
@@ -152,7 +150,7 @@ def elbo(
     return loss, nll, kl if mu is None else kl_out
 
 
-@torch.compiler.disable
+@operation
 def gaussian_nll_backward(
     g_nll: Tensor,
     x_hat: Tensor,
@@ -179,7 +177,7 @@ def gaussian_nll_backward(
         )  # fmt: skip
 
 
-@torch.compiler.disable
+@operation
 def rescale_(gradients: Sequence[Tensor], upstream: Tensor, expected: float | Tensor) -> None:
     gradients = [g for g in gradients if g.numel()]
     # The kernel runs through memory. Only an activation overwritten in place may have holes, which are somebody else's.

@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import reference
 from ...spec import DataGradients, Likelihood, Noise, Posterior, PosteriorGradients, compute_dtype
 from . import likelihood_kernels, posterior_kernels
-from .launch import SMALLEST_BLOCK, TRITON_DTYPES, Stream, as_argument, as_rows, current, options, plan, tickets
+from .launch import SMALLEST_BLOCK, TRITON_DTYPES, Stream, as_argument, as_rows, current, operation, options, plan, tickets
 
 Strides = tuple[int, ...] | None
 
@@ -18,7 +18,7 @@ Strides = tuple[int, ...] | None
 LARGEST_EXPONENT = 709.0
 
 
-@torch.compiler.disable
+@operation
 def likelihood(
     x_hat: Tensor,
     x: Tensor,
@@ -76,7 +76,7 @@ def likelihood(
     return nll, slope
 
 
-@torch.compiler.disable
+@operation
 def posterior(
     mu: Tensor,
     raw: Tensor,
@@ -122,7 +122,7 @@ def posterior(
     return z, elements if kl is None else kl, log_ratio
 
 
-@torch.compiler.disable
+@operation
 def posterior_backward(
     g_z: Tensor | None,
     g_kl: Tensor | None,

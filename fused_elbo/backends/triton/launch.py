@@ -6,8 +6,9 @@ import contextlib
 import ctypes
 import functools
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -42,6 +43,28 @@ WIDE_FROM = 2**31
 # Shapes with their strides whose rows, and lengths whose plans, are kept: a training meets few, and to find them again would
 # take as long as Triton's launch.
 REMEMBERED = 1024
+
+_T = TypeVar("_T")
+
+
+def operation(function: Callable[..., _T]) -> Callable[..., _T]:
+    """What is called with tensors as they are in memory: a negated view (of a conjugate's imaginary part) is made one.
+
+    A compiler is kept out: traced, the launch code would make one graph's tickets everybody's.
+    """
+
+    @torch.compiler.disable
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> _T:
+        return function(*map(_in_memory, args), **{name: _in_memory(value) for name, value in kwargs.items()})
+
+    return run
+
+
+def _in_memory(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.resolve_neg() if value.is_neg() else value
+    return value._replace(eps=_in_memory(value.eps)) if isinstance(value, Noise) and value.eps is not None else value
 
 
 class Rows(NamedTuple):
