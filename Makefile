@@ -115,15 +115,18 @@ gpu: export FUSED_ELBO_REQUIRE_BACKENDS = native triton
 gpu: build
 	mkdir -p $(RUNS)
 	$(BIN)/python -m fused_elbo doctor
-	$(BIN)/python -m pytest tests/test_cuda.py
+	# A GPU is lent for a while: what fails early takes nothing away from what comes later.
+	rm -f $(RUNS)/gpu-failed
+	$(BIN)/python -m pytest tests/test_cuda.py || touch $(RUNS)/gpu-failed
 	# By itself it does not fail for what it finds; and a call of CUDA's that fails may be a try of torch's.
 	if command -v compute-sanitizer; then for tool in "memcheck --report-api-errors no" racecheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	  $(BIN)/python -m benchmarks.every_kernel || exit 1; done; \
+	  $(BIN)/python -m benchmarks.every_kernel || touch $(RUNS)/gpu-failed; done; \
 	else echo "compute-sanitizer is not in PATH: nobody watches the kernels"; fi
 	# What ran first takes some 12 GiB a test, which not every GPU has for all processors at once.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --ignore tests/test_cuda.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --ignore tests/test_cuda.py || touch $(RUNS)/gpu-failed
 	$(MAKE) bench
+	test ! -e $(RUNS)/gpu-failed
 
 clean:
 	rm -rf $(VENV) build dist fused_elbo/lib .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -36,6 +36,9 @@ ENVIRONMENT_VARIABLE = "FUSED_ELBO_BACKEND"
 _KEY = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("fused_elbo_backend", default=None)
+# On a GPU a backward, and what a checkpoint computes again in it, runs in a thread of autograd's. It has none of the caller's
+# context variables, but what the caller has stashed under a name.
+_STASH = "fused_elbo_backend"
 
 
 def unavailable(name: str, device_type: str) -> str | None:
@@ -50,7 +53,7 @@ def select(device: torch.device) -> ModuleType:
     Raises:
         RuntimeError: the backend that was asked for cannot run there.
     """
-    name = _requested.get() or (_KEY in os.environ._data and os.environ[ENVIRONMENT_VARIABLE])
+    name = _asked() or (_KEY in os.environ._data and os.environ[ENVIRONMENT_VARIABLE])
     if name:
         reason = unavailable(name, device.type)
         if reason is not None:
@@ -61,7 +64,7 @@ def select(device: torch.device) -> ModuleType:
 
 def requested() -> str | None:
     """The name of the backend that was asked for; None where the choice is free."""
-    return _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    return _asked() or os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 
 # A compiler that traces a call does not see into context variables.
@@ -80,11 +83,21 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: no backend has that name. That it cannot run is said by the first operation, as a RuntimeError.
     """
-    token = _requested.set(_known(name))
+    before, token = _requested.get(), _requested.set(_known(name))
+    torch._C._stash_obj_in_tls(_STASH, name)
     try:
         yield
     finally:
         _requested.reset(token)
+        torch._C._stash_obj_in_tls(_STASH, before)
+
+
+def _asked() -> str | None:
+    name = _requested.get()
+    # Within a backward alone: another task of the same thread must not see it.
+    if name is None and torch._C._current_graph_task_id() >= 0 and torch._C._is_key_in_tls(_STASH):
+        return torch._C._get_obj_in_tls(_STASH)
+    return name
 
 
 def _known(name: str) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import types
+import weakref
 
 import pytest
+import torch
 
 from fused_elbo.bench import cuda_clock
 
@@ -56,6 +58,24 @@ class FakeCuda(types.SimpleNamespace):
         event.record = lambda: setattr(event, "at", self.clock)
         event.elapsed_time = lambda end: end.at - event.at
         return event
+
+
+def test_a_graph_keeps_what_it_reads(monkeypatch):
+    """Its addresses would be somebody else's by the time that it is replayed."""
+    fake = FakeCuda()
+    monkeypatch.setattr(cuda_clock, "cuda", fake)
+    device = cuda_clock.CudaClock()
+    device.begin()
+    operand = torch.zeros(1)
+    seen = weakref.ref(operand)
+    timed = device.prepare([lambda operand=operand: fake.call()], eager=None, fill=True)
+    del operand
+    gc.collect()
+    assert seen() is not None
+    assert "replays of a graph" in timed.how
+    del timed
+    gc.collect()
+    assert seen() is None
 
 
 @pytest.mark.parametrize(

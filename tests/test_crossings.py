@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import math
 
 import oracle
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 import fused_elbo as fe
+from fused_elbo import ops
 
 N, D = 4, 3
 
@@ -233,3 +235,34 @@ def test_one_sample_may_be_changed_in_place(backend, on_device):
     F.leaky_relu_(z, 0.1)
     (g,) = oracle.grads(z.sum(), [mu])
     torch.testing.assert_close(g, torch.where(oracle_z > 0, 1.0, 0.1))
+
+
+class Selected(torch.autograd.Function):
+    """Asks in its backward, as a GPU's thread would, without the caller's context variables."""
+
+    found: list = []  # noqa: RUF012
+
+    @staticmethod
+    def forward(ctx, t):
+        return t.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        Selected.found.append(contextvars.Context().run(lambda: (ops.requested(), ops.select(upstream.device).__name__)))
+        return upstream
+
+
+@pytest.mark.parametrize("name", ["reference", "native"])
+def test_the_backend_that_is_asked_for_reaches_autograds_threads(name, monkeypatch):
+    monkeypatch.delenv(ops.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(Selected, "found", [])
+    t = torch.zeros((), requires_grad=True)
+    with fe.backend("native"), fe.backend(name):
+        Selected.apply(t).backward()
+        assert contextvars.Context().run(ops.requested) is None, "another task of this thread"
+    with fe.backend("native"):
+        pass
+    Selected.apply(t).backward()
+    inside, outside = Selected.found
+    assert inside == (name, ops.BACKENDS[name])
+    assert outside[0] is None

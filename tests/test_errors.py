@@ -151,11 +151,11 @@ def test_message(monkeypatch, functions, args, kwargs, error, name, says):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_least_sigma_of_a_gaussian(backend, dtype):
+def test_the_least_sigma_of_a_gaussian(backend, device, dtype):
     """It may be as small as its precision is a double, whatever becomes of that in float32; other scales are not squared."""
-    x_hat = torch.full((3, 4), 1e-154, dtype=dtype, requires_grad=True)
+    x_hat = torch.full((3, 4), 1e-154, dtype=dtype, device=device, requires_grad=True)
     x = torch.zeros_like(x_hat)
-    calls = (fe.gaussian_nll, fe.nll, lambda *a, **k: fe.elbo_loss(*a, kl=ROW, **k).loss)
+    calls = (fe.gaussian_nll, fe.nll, lambda *a, **k: fe.elbo_loss(*a, kl=ROW.to(device), **k).loss)
     for call in calls:
         loss = call(x_hat, x, sigma=1e-154)
         loss.backward()

@@ -72,6 +72,8 @@ class CudaClock:
             except RuntimeError as error:
                 reason = self.broken = f"an earlier capture failed: {first_line(error)}"
             else:
+                # It knows addresses alone: what lies there, the calls hold.
+                graph.calls_held = runs
                 return Timed(lambda passes: self._between(graph.replay, passes), len(runs), "events around replays of a graph")
 
         def eagerly() -> None:
