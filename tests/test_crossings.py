@@ -266,3 +266,16 @@ def test_the_backend_that_is_asked_for_reaches_autograds_threads(name, monkeypat
     inside, outside = Selected.found
     assert inside == (name, ops.BACKENDS[name])
     assert outside[0] is None
+
+
+def test_bfloat16_beside_float64(backend, on_device):
+    mu, logvar, eps = (oracle.randn(N, D, seed=k) for k in range(3))
+    m, v = oracle.leaf(mu.bfloat16()), oracle.leaf(logvar.double())
+    z, kl = fe.rsample_kl(m, v, eps=eps.double())
+    exact = m.double() + eps.double() * torch.exp(0.5 * v)
+    torch.testing.assert_close(z, exact.bfloat16())
+    torch.testing.assert_close(kl, oracle.kl_divergence(m.double(), v))
+    x_hat = oracle.leaf(mu.bfloat16())
+    g_mu, g_x_hat = oracle.grads(z.double().sum() + fe.gaussian_nll(x_hat, v.detach(), reduction="sum"), [m, x_hat])
+    torch.testing.assert_close(g_mu, torch.ones_like(m))
+    torch.testing.assert_close(g_x_hat, (x_hat.double() - v).bfloat16())

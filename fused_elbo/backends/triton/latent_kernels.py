@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import normals, sigma_and_excess, sigma_and_expm1
-from .tiles import arrive, columns_of, combine, mask_of, pointers, share_of
+from .tiles import arrive, columns_of, combine, load, mask_of, share_of, store
 
 
 @triton.jit
@@ -46,18 +46,18 @@ def rsample_kl_kernel(
     for step in range(steps):
         column = columns_of(chunk, step, steps, shift, BLOCK, WIDE)
         mask = mask_of(row, rows, column, columns, not ALIGNED, EVEN)
-        m = tl.load(pointers(mu, row, column, sizes, mu_strides), mask, other=0.0).to(COMPUTE)
-        lv = tl.load(pointers(logvar, row, column, sizes, logvar_strides), mask, other=0.0).to(COMPUTE)
+        m = load(mu, row, column, row_mask, mask, sizes, mu_strides, COMPUTE)
+        lv = load(logvar, row, column, row_mask, mask, sizes, logvar_strides, COMPUTE)
         if z is not None:
             if eps is not None:
-                noise = tl.load(pointers(eps, row, column, sizes, eps_strides), mask, other=0.0).to(COMPUTE)
+                noise = load(eps, row, column, row_mask, mask, sizes, eps_strides, COMPUTE)
             else:
                 first = element // 4 + (chunk * steps + step).to(tl.int64) * (BLOCK // 4)
                 noise = normals(key, offset_low, offset_high, first, BLOCK, PACK, WIDE_NOISE, COMPUTE)
         sigma, excess = sigma_and_excess(lv, NARROW)
         if z is not None:
             sample = m + noise * sigma
-            tl.store(pointers(z, row, column, sizes, z_strides), sample.to(z.dtype.element_ty), mask)
+            store(z, row, column, mask, sizes, z_strides, sample)
         # Outside the mask both are 0, and so is their excess.
         total += m * m + excess
     if kl is not None:
@@ -97,26 +97,26 @@ def rsample_kl_backward_kernel(
         column = columns_of(chunk, step, steps, shift, BLOCK, WIDE)
         mask = mask_of(row, rows, column, columns, not ALIGNED, EVEN)
         if g_z is not None:
-            upstream = tl.load(pointers(g_z, row, column, sizes, g_z_strides), mask, other=0.0).to(COMPUTE)
+            upstream = load(g_z, row, column, row_mask, mask, sizes, g_z_strides, COMPUTE)
         if g_mu is not None:
             grad = tl.zeros([ROWS, BLOCK], COMPUTE)
             if g_kl is not None:
-                grad += c * tl.load(pointers(mu, row, column, sizes, mu_strides), mask, other=0.0).to(COMPUTE)
+                grad += c * load(mu, row, column, row_mask, mask, sizes, mu_strides, COMPUTE)
             if g_z is not None:
                 grad += upstream
-            tl.store(pointers(g_mu, row, column, sizes, g_mu_strides), grad.to(g_mu.dtype.element_ty), mask)
+            store(g_mu, row, column, mask, sizes, g_mu_strides, grad)
         if g_logvar is not None:
-            lv = tl.load(pointers(logvar, row, column, sizes, logvar_strides), mask, other=0.0).to(COMPUTE)
+            lv = load(logvar, row, column, row_mask, mask, sizes, logvar_strides, COMPUTE)
             sigma, expm1 = sigma_and_expm1(lv)
             grad = tl.zeros([ROWS, BLOCK], COMPUTE)
             if g_kl is not None:
                 grad += c * expm1
             if g_z is not None:
                 if eps is not None:
-                    noise = tl.load(pointers(eps, row, column, sizes, eps_strides), mask, other=0.0).to(COMPUTE)
+                    noise = load(eps, row, column, row_mask, mask, sizes, eps_strides, COMPUTE)
                     grad += upstream * noise * sigma
                 elif seed is not None:
                     first = element // 4 + (chunk * steps + step).to(tl.int64) * (BLOCK // 4)
                     noise = normals(key, offset_low, offset_high, first, BLOCK, PACK, WIDE_NOISE, COMPUTE)
                     grad += upstream * noise * sigma
-            tl.store(pointers(g_logvar, row, column, sizes, g_logvar_strides), (0.5 * grad).to(g_logvar.dtype.element_ty), mask)
+            store(g_logvar, row, column, mask, sizes, g_logvar_strides, 0.5 * grad)

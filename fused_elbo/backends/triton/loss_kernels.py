@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import sigma_and_excess, sigma_and_expm1
-from .tiles import COMBINE_TILE, arrive, columns_of, combine, mask_of, number, pointers, share_of
+from .tiles import COMBINE_TILE, arrive, columns_of, combine, load, mask_of, number, share_of, store
 
 
 @triton.jit
@@ -13,14 +13,14 @@ def _residual(
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """x_hat - x of a tile; c times it goes to ``g_x_hat`` and its negative to ``g_x``, where there are such."""
-    a = tl.load(pointers(x_hat, row, column, sizes, x_hat_strides), mask, other=0.0).to(COMPUTE)
-    b = tl.load(pointers(x, row, column, sizes, x_strides), mask, other=0.0).to(COMPUTE)
+    a = load(x_hat, row, column, None, mask, sizes, x_hat_strides, COMPUTE)
+    b = load(x, row, column, None, mask, sizes, x_strides, COMPUTE)
     difference = a - b
     gradient = c * difference
     if g_x_hat is not None:
-        tl.store(pointers(g_x_hat, row, column, sizes, g_x_hat_strides), gradient.to(g_x_hat.dtype.element_ty), mask)
+        store(g_x_hat, row, column, mask, sizes, g_x_hat_strides, gradient)
     if g_x is not None:
-        tl.store(pointers(g_x, row, column, sizes, g_x_strides), (-gradient).to(g_x.dtype.element_ty), mask)
+        store(g_x, row, column, mask, sizes, g_x_strides, -gradient)
     return difference
 
 
@@ -64,13 +64,13 @@ def _kl_program(
     for step in range(steps):
         column = columns_of(chunk, step, steps, 0, BLOCK, WIDE)
         mask = mask_of(row, rows, column, columns, False, EVEN)
-        m = tl.load(pointers(mu, row, column, sizes, mu_strides), mask, other=0.0).to(COMPUTE)
-        lv = tl.load(pointers(logvar, row, column, sizes, logvar_strides), mask, other=0.0).to(COMPUTE)
+        m = load(mu, row, column, None, mask, sizes, mu_strides, COMPUTE)
+        lv = load(logvar, row, column, None, mask, sizes, logvar_strides, COMPUTE)
         if g_mu is not None:
-            tl.store(pointers(g_mu, row, column, sizes, g_mu_strides), (c * m).to(g_mu.dtype.element_ty), mask)
+            store(g_mu, row, column, mask, sizes, g_mu_strides, c * m)
         if g_logvar is not None:
             grad = 0.5 * c * sigma_and_expm1(lv)[1]
-            tl.store(pointers(g_logvar, row, column, sizes, g_logvar_strides), grad.to(g_logvar.dtype.element_ty), mask)
+            store(g_logvar, row, column, mask, sizes, g_logvar_strides, grad)
         total += m * m + sigma_and_excess(lv)[1]
     sums = 0.5 * tl.sum(total, 1)
     index = tl.reshape(row, [ROWS])
