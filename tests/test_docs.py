@@ -177,3 +177,20 @@ def test_every_document_is_in_the_site():
 def test_public_names_are_in_the_reference():
     named = set(re.findall(r"^::: fused_elbo\.(?:\w+\.)?(\w+)$", DOCS["api.md"], re.MULTILINE))
     assert {name for name in fe.__all__ if callable(getattr(fe, name))} <= named
+
+
+def test_host_times_are_those_of_the_record():
+    record = json.loads((ROOT / "benchmarks/results/host-time.json").read_text())
+    found = {(r["stage"], r["part"], r["boundary"]): r["us"] for r in record["rows"] if r["backend"] == "native"}
+    table = DOCS["pytorch.md"].partition("| host time of one forward call")[2]
+    names = [name.strip() for name in table.partition("\n")[0].split("|")[1:-1]]
+    for row, stage in (("sample and KL", "sample and KL"), ("likelihood with its gradient", "likelihood")):
+        figures = re.search(rf"^\| {row} \| (.*) \|$", table, re.MULTILINE)[1].split(" | ")
+        assert figures == [f"{found[stage, 'forward', name]:.1f}" for name in names], row
+    for name, words in (
+        ("`F.mse_loss`", "for `F.mse_loss`"),
+        ("smallest Function", "for the\n  smallest `Function` there is"),
+        ("smallest Function with the operation", "for the smallest that holds the operation"),
+        ("public function", "for `gaussian_nll`"),
+    ):
+        assert f"{found['likelihood', 'forward and backward', name]:.0f} {words}" in DOCS["performance.md"], name
