@@ -92,6 +92,9 @@ def scalar(name: str, value: object, other_name: str, other: Tensor) -> float | 
 
 def per_term(name: str, value: object, shape: tuple[int, ...], other_name: str, other: Tensor) -> float | Tensor:
     """A number as of ``scalar``, or a tensor for the leading dimensions of ``shape``, with as many dimensions."""
+    if isinstance(value, torch.SymFloat):
+        # A compiler's symbol stands for a weight that changes: as a number it would be that of this call alone.
+        return value
     if not isinstance(value, Tensor) or value.numel() == 1:
         return scalar(name, value, other_name, other)
     floating(name, value)
@@ -105,6 +108,9 @@ def per_term(name: str, value: object, shape: tuple[int, ...], other_name: str, 
 
 def grad_scale(value: object, x_hat: Tensor) -> float | Tensor:
     """As given, in the loss's dtype; 1 for 0 and what is near it, since no gradient can be scaled up from that."""
+    if isinstance(value, torch.SymFloat):
+        # No operator makes use of it.
+        return 1.0
     value, dtype = scalar("grad_scale", value, "x_hat", x_hat), torch.promote_types(x_hat.dtype, torch.float32)
     if isinstance(value, float):
         known = torch.finfo(dtype)

@@ -115,7 +115,7 @@ def _latent(
     if seen.numel() == 0:
         return []
     param = options.get("param", "logvar")
-    low, high = (float(v) for v in seen.aminmax())
+    low, high = (float(v) for v in seen.detach().aminmax())
     if param in ("std", "var") and low <= 0:
         raise ValueError(f'logvar: got {low:g} with param="{param}", takes positive numbers, as softplus or exp give them')
     if param != "logvar":
@@ -147,7 +147,7 @@ def _likelihood(x_hat: Tensor, x: Tensor, options: dict[str, Any]) -> list[str]:
     _target(x, mask, options)
     if options.get("likelihood") != "bernoulli" or x_hat.numel() == 0:
         return []
-    low, high = (float(v) for v in x_hat.aminmax())
+    low, high = (float(v) for v in x_hat.detach().aminmax())
     if x_hat.numel() >= ENOUGH and low >= 0 and high <= 1 and options.get("activation", "identity") == "identity":
         return [
             f'x_hat: got nothing but numbers in [0, 1] with likelihood="bernoulli", {low:g} to {high:g}, takes logits. If they '
@@ -165,8 +165,8 @@ def _target(x: Tensor, mask: Tensor | None, options: dict[str, Any]) -> None:
         outside = _shown((x < 0) | (x > 1), mask)
         if outside.any():
             raise ValueError(
-                f'x: got {float(x[outside][0]):g} with likelihood="bernoulli", takes numbers in [0, 1]; or bytes, as uint8 '
-                "with scale=1 / 255"
+                f'x: got {float(x.detach()[outside][0]):g} with likelihood="bernoulli", takes numbers in [0, 1]; or bytes, as '
+                "uint8 with scale=1 / 255"
             )
 
 
@@ -185,8 +185,8 @@ def _finite(name: str, t: Tensor, mask: Tensor | None = None) -> None:
     if t.dtype == torch.float16 and t[first].isinf():
         ends = f". float16 ends at {torch.finfo(t.dtype).max:g}: let what makes it run in bfloat16 or float32"
     raise ValueError(
-        f"{name}: got {float(t[first])} at {first}, and {int(bad.sum())} of {t.numel()} elements are NaN or infinite, takes "
-        f"finite numbers{ends}"
+        f"{name}: got {float(t.detach()[first])} at {first}, and {int(bad.sum())} of {t.numel()} elements are NaN or infinite, "
+        f"takes finite numbers{ends}"
     )
 
 

@@ -30,10 +30,11 @@ def total(value: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
 
 def mean(terms: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
     """Mean of ``terms`` over dimension 0, the batch, of which each process of the group holds any number."""
+    # An exporter takes what len() says for a constant.
     if group is None:
         # Of a DTensor's shards of unequal size a mean would be gathered, a sum is not.
-        return terms.mean(0) if type(terms) is Tensor else terms.sum(0) / len(terms)
+        return terms.mean(0) if type(terms) is Tensor else terms.sum(0) / terms.shape[0]
     sums = terms.sum(0)
-    count = sums.new_full((1,), len(terms))
+    count = sums.new_full((1,), terms.shape[0])
     sums, count = total(torch.cat((sums.flatten(), count)), group).split((sums.numel(), 1))
     return (sums / count).reshape(terms.shape[1:])

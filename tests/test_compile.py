@@ -323,3 +323,30 @@ def test_several_samples_and_their_bound(device):
             torch.manual_seed(4)
             results.append(torch.autograd.grad(run(x, estimator), [*encoder.parameters(), *decoder.parameters()]))
         assert_same(*results)
+
+
+@pytest.mark.parametrize("changing", ["beta", "grad_scale"])
+def test_floats_that_change_are_no_new_graphs_with_options(changing):
+    x_hat, x, kl = torch.randn(8, 5), torch.rand(8, 5), torch.rand(8)
+    compiled = torch.compile(
+        lambda value: fe.elbo_loss(x_hat, x, kl=kl, sigma="optimal", **{changing: value}).loss,
+        backend="eager", fullgraph=True, dynamic=True,
+    )  # fmt: skip
+    compiled(0.25)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for value in (0.5, 0.75):
+            expected = fe.elbo_loss(x_hat, x, kl=kl, sigma="optimal", **{changing: value}).loss
+            torch.testing.assert_close(compiled(value), expected)
+
+
+@pytest.mark.parametrize(("of_kl", "of_loss"), [({"free_bits": 0.1}, {}), ({}, {"capacity": 2.0})])
+def test_an_exported_batch_may_be_of_any_size_where_its_mean_is_taken(of_kl, of_loss):
+    class Model(torch.nn.Module):
+        def forward(self, moments, x):
+            kl = fe.kl_divergence(moments, chunk_dim=1, reduction="none", **of_kl)
+            return fe.elbo_loss(x, x + 1, kl=kl, **of_loss).loss
+
+    sizes = {0: torch.export.Dim("batch", min=2)}
+    program = torch.export.export(Model(), (torch.randn(8, 6), torch.randn(8, 3)), dynamic_shapes=(sizes, sizes))
+    other = torch.randn(5, 6), torch.randn(5, 3)
+    torch.testing.assert_close(program.module()(*other), Model()(*other))

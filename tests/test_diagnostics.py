@@ -72,6 +72,12 @@ def test_code_runs():
     assert diagnostics.active is False
 
 
+def test_torch_has_nothing_to_say_of_a_tensor_that_needs_a_gradient():
+    with warnings.catch_warnings(), fe.check_values():
+        warnings.simplefilter("error")
+        fe.rsample_kl(torch.nn.Linear(784, 40)(torch.rand(16, 784)), chunk_dim=1)
+
+
 def test_blocks_of_threads_may_overlap():
     first, second = fe.check_values(), fe.check_values()
     first.__enter__()

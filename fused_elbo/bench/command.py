@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import math
 import os
 import sys
@@ -215,6 +216,8 @@ def _require_usable(args: argparse.Namespace) -> None:
         if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
             raise BadArguments(f"--{name}: got {path}, takes a file that can be written")
     if args.plot:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise BadArguments("--plot: needs matplotlib: pip install 'fused-elbo[bench]'")
         try:
             args.plot.mkdir(parents=True, exist_ok=True)
         except OSError as error:

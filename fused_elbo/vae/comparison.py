@@ -147,8 +147,9 @@ def _train_in_subprocess(config: TrainConfig) -> None:
         with signals.answered((signal.SIGTERM,), process.terminate):
             code = process.wait()
     except KeyboardInterrupt:
-        # A terminal has sent Ctrl-C to both processes, `kill` only to this one; a second signal changes nothing.
+        # A terminal has sent Ctrl-C to both processes, `kill` only to this one. A second signal may end what has saved already.
         process.send_signal(signal.SIGINT)
         code = process.wait()
     if code:
-        raise TrainingFailed(code)
+        # As a shell says it of a process that a signal has ended.
+        raise TrainingFailed(code if code > 0 else 128 - code)
