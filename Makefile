@@ -115,7 +115,7 @@ gpu: export FUSED_ELBO_REQUIRE_BACKENDS = native triton
 gpu: build
 	mkdir -p $(RUNS)
 	$(BIN)/python -m fused_elbo doctor
-	# A GPU is lent for a while: what fails early takes nothing away from what comes later.
+	# Time on a GPU is dear: what fails early takes nothing away from what comes later.
 	rm -f $(RUNS)/gpu-failed
 	$(BIN)/python -m pytest tests/test_cuda.py || touch $(RUNS)/gpu-failed
 	# By itself it does not fail for what it finds; and a call of CUDA's that fails may be a try of torch's.

@@ -145,7 +145,7 @@ def unit_of(spec: Likelihood, unknown: Unknown, count: int) -> float:
     if not unknown.scale and spec.family != "bernoulli":
         exponent = (2.0 if spec.family == "gaussian" else 1.0) * spec.log_scale
         unit = math.exp(max(-MOST_EXPONENT, min(exponent, MOST_EXPONENT)))
-    return unit / count if unknown.float16 else unit
+    return unit / max(count, 1) if unknown.float16 else unit
 
 
 def chunk_of(count: int, features: int, itemsize: int, device_type: str, most: int | None = None) -> tuple[int, int]:
@@ -200,7 +200,7 @@ def _passed(
         step = max(1, min(step, DENSE_BYTES // max(1, features * x.element_size())))
     plain = upstream is None and _is_plain(x, (log_scale, sample_weight, mask), call.spec)
     if upstream is None:
-        unit = 1.0 if 0 in x.shape else unit_of(call.spec, unknown_of(tensors, call.dtype), count)
+        unit = unit_of(call.spec, unknown_of(tensors, call.dtype), count)
         upstream = torch.full((), unit, dtype=terms, device=h.device).expand(count)
     by_rows = g_log_scale is not None and log_scale.shape[1] == 1
     by_columns = g_log_scale is not None and not by_rows and log_scale.shape[0] < count
